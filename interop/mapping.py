@@ -70,6 +70,17 @@ def field(option: str, name: str, default: Any = REQUIRED, values: dict | None =
     return FieldMap(read, write)
 
 
+def size_fields(block_size: int) -> tuple[FieldMap, ...]:
+    """The sizes of most families. block_size: the value of a missing field."""
+    return (
+        field('n_layer', 'num_hidden_layers'),
+        field('n_head', 'num_attention_heads'),
+        field('n_embd', 'hidden_size'),
+        field('block_size', 'max_position_embeddings', block_size),
+        field('vocab_size', 'vocab_size'),
+    )
+
+
 def constant_option(**options) -> FieldMap:
     """Options that are the same for all models of a family and have no field."""
     return FieldMap(lambda fields: options, lambda config: {})

@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V3, and Youtu, which has their attention and a dense FFN."""
 
 import itertools
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from interop.families.llama import (
 from interop.fields import Fields
 from interop.layers import options_with
 from interop.mapping import (
+    REQUIRED,
     Family,
     FieldMap,
     check_heads_divide_width,
@@ -169,6 +171,22 @@ DEEPSEEK_WEIGHTS = (
 )
 DEEPSEEK_BIAS = selection_bias(LAYER + 'mlp.gate.e_score_correction_bias')
 
+
+def expert_fields(
+    width: int, experts: Any = REQUIRED, chosen: Any = REQUIRED, shared: Any = REQUIRED
+) -> tuple[FieldMap, ...]:
+    """Routed and shared experts, by the values of missing fields.
+
+    width: of an expert. experts: their number. chosen: the number of a token's.
+    """
+    return (
+        field('num_experts', 'n_routed_experts', experts),
+        field('experts_per_token', 'num_experts_per_tok', chosen),
+        field('expert_d_ff', 'moe_intermediate_size', width),
+        field('shared_experts', 'n_shared_experts', shared),
+    )
+
+
 DEEPSEEK_V2 = Family(
     name='deepseek_v2',
     architecture='DeepseekV2ForCausalLM',
@@ -176,10 +194,7 @@ DEEPSEEK_V2 = Family(
     field_maps=(
         *llama_fields(block_size=2048),
         *_DEEPSEEK,
-        field('num_experts', 'n_routed_experts', 64),
-        field('experts_per_token', 'num_experts_per_tok'),
-        field('expert_d_ff', 'moe_intermediate_size', 1407),
-        field('shared_experts', 'n_shared_experts', 2),
+        *expert_fields(1407, experts=64, shared=2),
         dense_layers_field(0),
         field('router_scale', 'routed_scaling_factor', 1.0),
         constant_option(router_score='softmax', router_normalize=False),
@@ -201,10 +216,7 @@ DEEPSEEK_V3 = Family(
     field_maps=(
         *llama_fields(block_size=4096),
         *_DEEPSEEK,
-        field('num_experts', 'n_routed_experts', 256),
-        field('experts_per_token', 'num_experts_per_tok', 8),
-        field('expert_d_ff', 'moe_intermediate_size', 2048),
-        field('shared_experts', 'n_shared_experts', 1),
+        *expert_fields(2048, experts=256, chosen=8, shared=1),
         dense_layers_field(3),
         *biased_router_fields(True, 2.5, 8, 4),
         required_field(rope_interleave=True, scoring_func='sigmoid', topk_method='noaux_tc'),

@@ -23,6 +23,7 @@ from interop.mapping import (
     field,
     head_size_field,
     kv_heads_field,
+    size_fields,
 )
 from interop.rope import rope_fields
 from interop.tensors import tensor, with_biases
@@ -31,11 +32,7 @@ from model_config import ModelArchitectureConfig
 
 def _sizes(block_size: int) -> tuple[FieldMap, ...]:
     return (
-        field('n_layer', 'num_hidden_layers'),
-        field('n_head', 'num_attention_heads'),
-        field('n_embd', 'hidden_size'),
-        field('block_size', 'max_position_embeddings', block_size),
-        field('vocab_size', 'vocab_size'),
+        *size_fields(block_size),
         constant_option(normalization='layernorm'),
     )
 

@@ -12,6 +12,7 @@ from interop.mapping import (
     export_only,
     field,
     kv_heads_field,
+    size_fields,
     windows_field,
 )
 from interop.rope import rope_fields
@@ -35,11 +36,7 @@ def projections(block: str, *names: str) -> tuple[str, ...]:
 def llama_fields(block_size: int, norm_eps: float = 1e-6) -> tuple[FieldMap, ...]:
     """Field maps shared by Llama and its descendants; the defaults of two fields differ."""
     return (
-        field('n_layer', 'num_hidden_layers'),
-        field('n_head', 'num_attention_heads'),
-        field('n_embd', 'hidden_size'),
-        field('block_size', 'max_position_embeddings', block_size),
-        field('vocab_size', 'vocab_size'),
+        *size_fields(block_size),
         field('norm_eps', 'rms_norm_eps', norm_eps),
         constant_option(normalization='rmsnorm', bias=False),
         export_only(attention_dropout='attention_dropout'),

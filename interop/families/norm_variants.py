@@ -24,6 +24,7 @@ from interop.mapping import (
     field,
     head_size_field,
     kv_heads_field,
+    size_fields,
 )
 from interop.rope import rope_fields
 from interop.rotary_rows import negated_rows
@@ -33,11 +34,7 @@ from model_config import ModelArchitectureConfig
 
 def _sizes(block_size: int) -> tuple[FieldMap, ...]:
     return (
-        field('n_layer', 'num_hidden_layers'),
-        field('n_head', 'num_attention_heads'),
-        field('n_embd', 'hidden_size'),
-        field('block_size', 'max_position_embeddings', block_size),
-        field('vocab_size', 'vocab_size'),
+        *size_fields(block_size),
         export_only(attention_dropout='attention_dropout'),
     )
 
