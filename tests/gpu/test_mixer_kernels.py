@@ -27,8 +27,8 @@ def losses_and_gradients(config, device, weights, compiled):
     with torch.autocast(device.type, torch.bfloat16):
         loss, count, _ = model(tokens, tokens.roll(-1, dims=1))
     (loss / count).backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    return (loss / count).detach(), {k: g for k, g in found.items() if g is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return (loss / count).detach(), {k: g for k, g in gradients.items() if g is not None}
 
 
 def skip_without(backend: str) -> None:

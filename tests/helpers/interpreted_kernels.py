@@ -75,10 +75,10 @@ def main(package: str, *cases: str) -> None:
     import_kernels(package)
     mixer_kernels.DEVICES, mixer_kernels.HALF = ('cpu',), (torch.float32,)
     mixer_kernels.SSD_CHUNK = 32
-    found = {case: compare(case) for case in cases}
+    differences = {case: compare(case) for case in cases}
     if package == 'mamba_ssm':
-        found['mamba2, documents'] = compare('mamba2', has_documents=True)
-    print(json.dumps(found))
+        differences['mamba2, documents'] = compare('mamba2', has_documents=True)
+    print(json.dumps(differences))
 
 
 if __name__ == '__main__':

@@ -170,5 +170,5 @@ def test_published_models_have_their_sizes(name):
     theirs = reference.from_fields(fields, 'meta')
     counted = count_parameters(ours)
     assert counted['total_params'] == theirs.num_parameters(only_trainable=True)
-    found = [counted[key] / 1e9 for key in ('total_params', 'active_params')]
-    assert found == pytest.approx(billions, abs=2)  # cards round, some without embeddings
+    counts = [counted[key] / 1e9 for key in ('total_params', 'active_params')]
+    assert counts == pytest.approx(billions, abs=2)  # cards round, some without embeddings

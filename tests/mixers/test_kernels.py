@@ -152,11 +152,11 @@ def test_training_elsewhere_is_refused(monkeypatch):
         "mixer_backend='fla' has kernels for CUDA, not for cpu. Set --mixer_backend=torch."
     )
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    for version, found in (((), 'it is not'), ((0, 5), '0.5 is')):
+    for version, installed in (((), 'it is not'), ((0, 5), '0.5 is')):
         monkeypatch.setattr(mixer_kernels, 'installed_version', lambda package, v=version: v)
         (problem,) = config.sentences('training_problems', 'cuda')
         assert problem == (
-            f"mixer_backend='fla' needs flash-linear-attention 0.6 or later, and {found} "
+            f"mixer_backend='fla' needs flash-linear-attention 0.6 or later, and {installed} "
             "installed. Run pip install 'flash-linear-attention>=0.6', or set "
             '--mixer_backend=torch.'
         )

@@ -41,9 +41,9 @@ def test_real_kernels_equal_plain_pytorch(package):
     command = [sys.executable, str(script), package, *CASES[package]]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == len(CASES[package]) + (package == 'mamba_ssm')
-    for case, (output, gradient) in found.items():
+    differences = json.loads(run.stdout.splitlines()[-1])
+    assert len(differences) == len(CASES[package]) + (package == 'mamba_ssm')
+    for case, (output, gradient) in differences.items():
         assert output < 1e-5 and gradient < 1e-4, case
 
 

@@ -133,8 +133,8 @@ def test_any_strategy_has_the_same_bias(trained, tiny_dataset, tmp_path):
     )
     expected = biases(trained[0])
     for name in strategies:
-        ranks = [torch.load(tmp_path / f'{name}.{rank}.pt') for rank in range(2)]
+        ranks = [torch.load(tmp_path / f'{name}.{rank}.pt', weights_only=True) for rank in range(2)]
         assert [rank['code'] for rank in ranks] == [0, 0]
         for rank in ranks:
             assert bit_differences(rank['biases'], expected) == [], name
-    assert torch.load(tmp_path / 'resumed.0.pt')['code'] == 0
+    assert torch.load(tmp_path / 'resumed.0.pt', weights_only=True)['code'] == 0
