@@ -9,11 +9,12 @@ from helpers.project import PROJECT
 from interop import TRANSFORMERS
 from interop.coverage import FAMILIES, count, status
 
-DOCS = PROJECT / 'docs/pretrained.md'
+PAGES = ('docs/pretrained.md', 'README.md')
 
 
-def test_docs_have_the_count():
-    assert count() in ' '.join(DOCS.read_text(encoding='utf-8').split())
+@pytest.mark.parametrize('page', PAGES)
+def test_pages_have_the_count(page):
+    assert count() in ' '.join((PROJECT / page).read_text(encoding='utf-8').split())
 
 
 def test_every_supported_family_is_in_the_table():
