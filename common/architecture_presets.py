@@ -23,6 +23,16 @@ _OLMO = {
     'qk_norm_scope': 'projection',
     'z_loss': 1e-5,
 }
+_GRANITE = {
+    **_LLAMA,
+    'use_gqa': True,
+    'attention_scale': lambda values: values['n_head'] / values['n_embd'],
+    'residual': 'multiplier',
+    'residual_multiplier': 0.22,
+    'embedding_multiplier': 12.0,
+    'logit_multiplier': lambda values: min(1.0, 256 / values['n_embd']),
+    'weight_tying': True,
+}
 # A value may be a function of the merged values, so that it follows overrides.
 PRESETS = {
     'gpt2': {
@@ -143,6 +153,26 @@ PRESETS = {
         **_GROUPS_OF_FOUR,
         'sliding_window': lambda values: max(1, values['block_size'] // 2),
     },
+    'granite': {
+        **_GRANITE,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+        'd_ff': lambda values: 4 * values['n_embd'],
+    },
+    'cohere2': {
+        **_LLAMA,
+        **_GROUPS_OF_FOUR,
+        'normalization': 'layernorm_nobias',
+        'norm_position': 'parallel',
+        'parallel_shared_norm': True,
+        'rope_theta': 5e4,
+        'logit_multiplier': 0.25,
+        'weight_tying': True,
+        'layer_pattern': 'LLLG',
+        'layer_kinds': {
+            'L': {'sliding_window': lambda values: max(1, values['block_size'] // 2)},
+            'G': {'position_encoding': 'none'},
+        },
+    },
     'pythia': {
         'normalization': 'layernorm',
         'position_encoding': 'rope',
@@ -244,11 +274,9 @@ PRESETS = {
         'dropout': 0.0,
     },
     'granite4': {
-        **_LLAMA,
+        **_GRANITE,
         'position_encoding': 'none',
-        'use_gqa': True,
         'num_kv_heads': partial(kv_heads_in_groups_of, 3),
-        'attention_scale': lambda values: values['n_head'] / values['n_embd'],
         'ffn_type': 'moe',
         'expert_ffn': 'swiglu',
         'num_experts': 32,
@@ -256,11 +284,6 @@ PRESETS = {
         'expert_d_ff': partial(_multiple_of_8, 1 / 3),
         'shared_experts': 2,
         'load_balance_weight': 0.001,
-        'residual': 'multiplier',
-        'residual_multiplier': 0.22,
-        'embedding_multiplier': 12.0,
-        'logit_multiplier': lambda values: min(1.0, 256 / values['n_embd']),
-        'weight_tying': True,
         'layer_pattern': 'MMMMMAMMMM',
         'layer_kinds': {'M': {'mixer': 'mamba2'}},
     },
@@ -371,6 +394,16 @@ PRESET_DESCRIPTIONS = {
     'mistral': (
         "Mistral (Jiang et al. 2023) with the 7B model's ratios: heads and FFN as in "
         '`llama3`, a window of half the context in every layer (4096 of 8192 in the original)'
+    ),
+    'granite': (
+        "Granite 3.0 (IBM 2024) with the 2B model's ratios: multipliers of embeddings, of the "
+        'outputs of sublayers, of scores and of logits; 4 query heads share keys and values, FFN '
+        '4 · n_embd wide, tied head'
+    ),
+    'cohere2': (
+        'Command R7B (Cohere 2024): attention and FFN in parallel after one LayerNorm without '
+        'bias; a window of half the context with RoPE in three of four layers, no positions in '
+        'the fourth; heads and FFN as in `llama3`, a multiplier of the logits, tied head'
     ),
     'pythia': (
         'Pythia 160M (Biderman et al. 2023; GPT-NeoX: Black et al. 2022): attention and FFN '

@@ -388,6 +388,8 @@ FAMILY_OF_PRESET = {
     'olmo2': 'olmo2',
     'olmo3': 'olmo3',
     'smollm3': 'smollm3',
+    'granite': 'granite',
+    'cohere2': 'cohere2',
     'gemma2': 'gemma2',
     'gemma3': 'gemma3_text',
     'pythia': 'gpt_neox',

@@ -34,6 +34,8 @@ LAUNCHES = {
     'custom': 60,
     'hybrid': 101,
     'pythia': 115,
+    'granite': 150,
+    'cohere2': 79,
     'smollm3': 118,
     'llama3': 145,
     'llama': 146,
