@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from helpers import foreign_configs
-from helpers.foreign_configs import BASES, LLAMA3, Flips
+from helpers.field_changes import LLAMA3, Flips, field_changes
+from helpers.foreign_configs import BASES
 
 import interop
 
@@ -20,7 +20,7 @@ SAMPLE = 16  # changes of each other family
 def test_fields_are_read_as_transformers_reads_them(family, tmp_path):
     flips = Flips(tmp_path / 'model')
     assert flips.outcome(family, {}) == 'equal'
-    changes = foreign_configs.flips(family, 1, irrelevant=family in WHOLE)
+    changes = field_changes(family, 1, irrelevant=family in WHOLE)
     if family not in WHOLE:
         changes = changes[:: max(1, len(changes) // SAMPLE)]
     outcomes = {str(change): flips.outcome(family, change) for change in changes}

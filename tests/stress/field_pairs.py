@@ -1,16 +1,21 @@
-"""Pairs of fields of a config.json set to other legal values, checked against transformers.
+"""Fields of config.json files set to other legal values, checked against transformers.
 
-    python tests/stress/field_pairs.py [pairs of each family] [seed] [family …]
+    python tests/stress/field_pairs.py [--configs=10] [--pairs=100] [--seed=0] [FAMILY …]
 
-First every value of every field alone, then random pairs, in tiny models of every family. Each must
-give the same logits as transformers, be refused by name, or be illegal in transformers. Any other
-outcome is printed, and sets the exit code to 1.
+In tiny models of every family, or of those named: every value of every field alone, then random
+pairs of the fields that are not refused alone. Further configs are drawn at random (sizes, heads,
+layers, two other fields); in each of them every field alone is set to one other value, and a tenth
+of the pairs is tried. Each change must give the same logits as transformers, be refused by name, or
+be illegal in transformers. Any other outcome is printed, and sets the exit code to 1. The result is
+a row of a table for each family.
 """
 
+import argparse
 import random
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,34 +23,98 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from helpers import foreign_configs  # noqa: E402
+from helpers.field_changes import Flips, field_changes  # noqa: E402
+from helpers.foreign_configs import BASES  # noqa: E402
+from helpers.random_configs import random_config  # noqa: E402
+
+KNOWN = ('equal', 'refused', 'illegal')
+DRAWS = 60  # attempts for each random config, of which many are illegal
 
 
-def main(pairs: int = 100, seed: int = 0, *families: str) -> int:
+class FamilyTrial:
+    """The changes of one family's configs, with their outcomes counted."""
+
+    def __init__(self, family: str, flips: Flips, seed: int):
+        self.family, self.flips = family, flips
+        self.rng = random.Random(f'{seed} {family}')
+        self.configs, self.outcomes = 0, Counter()
+
+    def outcome(self, change: dict, base: dict) -> str:
+        outcome = self.flips.outcome(self.family, change, base)
+        self.outcomes[outcome if outcome in KNOWN else 'different'] += 1
+        if outcome not in KNOWN:
+            beside = {k: v for k, v in base.items() if self.base.get(k, ...) != v}
+            print(f'{self.family}: {change} with {beside}: {outcome}', file=sys.stderr, flush=True)
+        return outcome
+
+    @property
+    def base(self) -> dict:
+        return BASES[self.family]
+
+    def change_fields(self, base: dict, changes: list[dict], pairs: int) -> list[dict]:
+        """Tries the changes alone and random pairs of them -> those that are not refused."""
+        self.configs += 1
+        read = [change for change in changes if self.outcome(change, base) != 'refused']
+        for _ in range(pairs):
+            one, other = self.rng.sample(read, 2)
+            self.outcome({**one, **other}, base)
+        return read
+
+    def random_configs(self, changes: list[dict]) -> Iterator[dict]:
+        """Different legal configs."""
+        seen = [self.base]
+        while True:
+            for _ in range(DRAWS):
+                config = random_config(self.family, self.rng, changes)
+                if config in seen:
+                    continue
+                seen.append(config)
+                if self.outcome({}, config) == 'equal':
+                    break
+            else:
+                return
+            yield config
+
+    def run(self, configs: int, pairs: int) -> None:
+        read = self.change_fields(self.base, field_changes(self.family), pairs)
+        drawn = self.random_configs(read)
+        for _, base in zip(range(configs), drawn, strict=False):
+            changes = field_changes(self.family, irrelevant=False, base=base)
+            by_fields: dict = {}
+            for change in changes:
+                by_fields.setdefault(tuple(change), []).append(change)
+            alone = [self.rng.choice(values) for values in by_fields.values()]
+            self.change_fields(base, alone, pairs // 10)
+
+    def row(self) -> str:
+        counts = [self.outcomes[outcome] for outcome in (*KNOWN, 'different')]
+        return table_row(self.family, self.configs, sum(counts), *counts)
+
+
+def table_row(*cells: object) -> str:
+    return f'| {" | ".join(map(str, cells))} |'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--configs', type=int, default=10, help='random configs of each family')
+    parser.add_argument('--pairs', type=int, default=100, help='pairs in the first config')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('families', nargs='*', default=list(BASES))
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rng, totals = random.Random(seed), Counter()
+    print(table_row('family', 'configs', 'changes', *KNOWN, 'different'))
+    print(table_row(*['---'] * 7), flush=True)
+    different = 0
     with tempfile.TemporaryDirectory() as folder:
-        flips = foreign_configs.Flips(Path(folder) / 'model')
-        for family in families or foreign_configs.BASES:
-            alone = foreign_configs.flips(family)
-            outcomes = [(change, flips.outcome(family, change)) for change in alone]
-            # A field that is refused alone is refused in every pair: skip it.
-            read = [change for change, outcome in outcomes if outcome != 'refused']
-            for _ in range(pairs):
-                one, other = rng.sample(read, 2)
-                outcomes.append(({**one, **other}, flips.outcome(family, {**one, **other})))
-            counts = Counter()
-            for change, outcome in outcomes:
-                known = outcome in ('equal', 'refused', 'illegal')
-                counts[outcome if known else 'different'] += 1
-                if not known:
-                    print(f'{family}: {change}: {outcome}', flush=True)
-            totals += counts
-            print(f'{family}: {len(alone)} alone and {pairs} pairs: {dict(counts)}', flush=True)
-    print(f'all: {dict(totals)}')
-    return bool(totals['different'])
+        flips = Flips(Path(folder) / 'model')
+        for family in arguments.families:
+            trial = FamilyTrial(family, flips, arguments.seed)
+            trial.run(arguments.configs, arguments.pairs)
+            print(trial.row(), flush=True)
+            different += trial.outcomes['different']
+    return bool(different)
 
 
 if __name__ == '__main__':
-    numbers, families = sys.argv[1:3], sys.argv[3:]
-    sys.exit(main(*map(int, numbers), *families))
+    sys.exit(main())
