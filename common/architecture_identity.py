@@ -31,6 +31,7 @@ NEUTRAL = {
     'value_residual': 'none',
     'residual': 'addition',
     'attention_sinks': False,
+    'attention_chunk': None,
     'rope_round_pairs': True,
     'router_bias': False,
     'router_groups': 1,

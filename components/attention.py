@@ -84,6 +84,14 @@ class Attention(Component, nn.Module):
             requires=('sliding_window', AnyBut(None)),
             scope='pattern',
         ),
+        'attention_chunk': Option(
+            int | None,
+            None,
+            'Tokens of a chunk, to which the attention of its tokens is limited (Llama 4); chunks '
+            'are counted from the beginning of the text, or of its document; None: no chunks',
+            check=at_least(1),
+            requires=('sliding_window', None),
+        ),
         'attention_sinks': Option(
             bool,
             False,
@@ -122,14 +130,16 @@ class Attention(Component, nn.Module):
     @classmethod
     def layer_spec(cls, config: ModelArchitectureConfig, layer: int) -> AttentionSpec:
         """The layer's attention scores, described for a backend."""
+        chunk = config.get('attention_chunk')
         return AttentionSpec(
             scale=config.attention_scale,
             bias=POSITION_ENCODING_REGISTRY[config.position_encoding].has_bias,
             dropout=config.attention_dropout,
             softcap=config.attention_softcap,
             window=config.sliding_window,
-            documents=config.document_mask,
+            documents=config.document_mask or chunk is not None,
             sinks=bool(config.get('attention_sinks')),
+            chunk=chunk,
         )
 
     @classmethod
@@ -163,6 +173,8 @@ class Attention(Component, nn.Module):
         if config.sliding_window is not None:
             tags.append(f'SW{config.sliding_window}')
             tags += [config.attention_pattern] if 'G' in config.attention_pattern else []
+        if config.get('attention_chunk') is not None:
+            tags.append(f'Chunk{config.attention_chunk}')
         if config.document_mask:
             tags.append('DocMask')
         if config.get('attention_sinks'):
@@ -175,8 +187,8 @@ class Attention(Component, nn.Module):
         return []
 
     def empty_cache(self, tokens: int) -> LayerCache:
-        """A cache for `tokens` tokens, or for the window if that is shorter."""
-        return LayerCache(min(self.spec.window or tokens, tokens))
+        """A cache for `tokens` tokens, or for those that a query sees if they are fewer."""
+        return LayerCache(min(self.spec.reach or tokens, tokens))
 
     def attend_and_project(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_inputs: AttentionInputs
@@ -208,11 +220,14 @@ class Attention(Component, nn.Module):
         """FLOPs of the projections, and of the scores: 2 · (D + Dv) per head and query-key pair.
 
         The full square has T² pairs, whatever the window, as a dense product computes them. Causal
-        counts the visible pairs: T² / 2, or w · T - w² / 2 with a window of w < T tokens (where the
-        pairs on the diagonal count half).
+        counts the visible pairs: T² / 2; w · T - w² / 2 with a window of w < T tokens (where the
+        pairs on the diagonal count half); c² / 2 for each chunk of c tokens, of which the last may
+        be shorter.
         """
-        window = min(self.spec.window or seq_len, seq_len)
-        pairs = window * seq_len - window**2 / 2 if causal else seq_len**2
+        reach = min(self.spec.reach or seq_len, seq_len)
+        pairs = reach * seq_len - reach**2 / 2 if causal else seq_len**2
+        if causal and self.spec.chunk is not None:
+            pairs = (seq_len // reach * reach**2 + (seq_len % reach) ** 2) / 2
         scores = 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * pairs
         return {**super().flops(seq_len, causal), 'attention_scores': scores}
 

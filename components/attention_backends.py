@@ -32,7 +32,8 @@ class AttentionSpec:
     scale: factor of q kᵀ, supported by every backend. softcap: scores become c · tanh(scores / c)
     before the bias is added. window: number of tokens visible to a query, its own included.
     documents: only tokens of the same document are visible. sinks: a logit of each head joins the
-    softmax without a value (`attend`).
+    softmax without a value (`attend`). chunk: number of tokens of a chunk, within which tokens
+    attend; backends get its chunks as documents, so that `documents` is true too.
     """
 
     scale: float
@@ -42,9 +43,15 @@ class AttentionSpec:
     window: int | None = None
     documents: bool = False
     sinks: bool = False
+    chunk: int | None = None
 
     def features(self) -> set[str]:
-        return {name for name, value in vars(self).items() if value and name != 'scale'}
+        return {k for k, value in vars(self).items() if value and k not in ('scale', 'chunk')}
+
+    @property
+    def reach(self) -> int | None:
+        """The most tokens that a query sees, its own included; None: all before it."""
+        return self.window or self.chunk
 
     def needs_mask(self, queries: int, keys: int) -> bool:
         """Whether causality alone does not describe the mask: window, documents, or several queries
@@ -126,8 +133,8 @@ class AttentionBackend(Component):
         same bias and the same window and documents of the spec; it depends on nothing else of it.
 
         bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,). The queries are at the last positions of
-        the keys; with a single query, the keys may be in any order. Document numbers (B, Tq) and
-        (B, Tk) are passed if `spec.documents`.
+        the keys; with a single query, the keys may be in any order. Document numbers (B or 1, Tq)
+        and (B or 1, Tk) are passed if `spec.documents`.
         """
         raise NotImplementedError
 
@@ -309,7 +316,7 @@ def block_mask(
 ) -> BlockMask:
     """The mask of queries at the last positions of the keys, by blocks of `BLOCK` positions.
 
-    Document numbers (B, queries) and (B, keys) do not decrease, so the ends of the blocks decide
+    Document numbers (B or 1, queries or keys) do not decrease, so the ends of the blocks decide
     whether a block is visible in part or as a whole. No tensor has an entry per pair, unlike in
     torch's `create_block_mask`.
     """
@@ -336,6 +343,7 @@ def block_mask(
         near = within_window(query + before - key, window)
         if q_documents is None or k_documents is None:
             return near
+        batch = batch % len(q_documents)  # chunks are those of all sequences
         return near & (q_documents[batch, query] == k_documents[batch, key])
 
     parts = torch.stack((visible & ~whole, whole)).int()[:, :, None]

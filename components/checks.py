@@ -259,8 +259,8 @@ def flops_disagreements(model: nn.Module) -> list[str]:
 
     model: on the meta device, with the manual attention backend, so that everything is counted.
     """
-    windows = [block.attention.spec.window for block in model.blocks if block.attention]
-    length = min([model.config.block_size, *filter(None, windows)])  # within all windows
+    reaches = [block.attention.spec.reach for block in model.blocks if block.attention]
+    length = min([model.config.block_size, *filter(None, reaches)])  # within all windows
     tokens = torch.empty((1, length), dtype=torch.long, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(tokens)

@@ -52,3 +52,18 @@ def locate_documents(tokens: torch.Tensor, end_of_text: int) -> Documents:
     index = torch.arange(tokens.size(1), device=tokens.device)
     first = torch.where(begins, index, 0).cummax(dim=1).values
     return Documents(begins.cumsum(dim=1), index - first)
+
+
+def attention_groups(
+    pos: torch.Tensor, documents: Documents | None, chunk: int | None
+) -> torch.Tensor | None:
+    """Numbers of the groups within which tokens at positions (T,) attend, (B or 1, T), in ascending
+    order: their document, or the chunk of so many tokens in it. None: no groups.
+
+    documents: of each token so far, if they are kept apart; the chunks of each begin with it.
+    """
+    if documents is None:
+        return None if chunk is None else (pos // chunk)[None]
+    if chunk is None:
+        return documents.ids[:, pos]
+    return (documents.positions % chunk == 0).cumsum(dim=1)[:, pos]

@@ -14,7 +14,7 @@ from components.attention_backends import AttentionBackend, AttentionSpec
 from components.attention_inputs import AttentionInputs, Published, SharedInputs
 from components.base import AuxOutput
 from components.blocks import Block
-from components.document_mask import Documents
+from components.document_mask import Documents, attention_groups
 from components.kv_cache import Cache, LayerCache
 from components.positions import PositionEncoding
 from model_config import (
@@ -81,16 +81,18 @@ def layer_inputs(
         layer_cache = states['attention'] if states else None
         assert layer_cache is None or isinstance(layer_cache, LayerCache)
         # Training: queries and keys are the same tokens. Generation: the keys are the tokens in the
-        # layer's cache, which depend on its window.
-        span = spec.window if cache else None
+        # layer's cache, which depend on its window or chunk.
+        span = spec.reach if cache else None
         if (encoding, span) not in prepared:
             k_pos = layer_cache.positions(pos) if layer_cache else pos
             prepared[encoding, span] = encoding.prepare(pos, k_pos), k_pos
         shared, k_pos = prepared[encoding, span]
-        key = spec.window, spec.documents, encoding if shared.bias is not None else None
+        biased = encoding if shared.bias is not None else None
+        key = spec.window, spec.documents, spec.chunk, biased
         if key not in masks:
-            doc_ids = () if documents is None else (documents.ids[:, pos], documents.ids[:, k_pos])
-            masks[key] = backend.mask(spec, shared.bias, pos, k_pos, *doc_ids)
+            groups = (attention_groups(each, documents, spec.chunk) for each in (pos, k_pos))
+            groups = (each for each in groups if each is not None)
+            masks[key] = backend.mask(spec, shared.bias, pos, k_pos, *groups)
         inputs.append(
             shared._replace(
                 bias=None, mask=masks[key], cache=layer_cache, states=states, starts=starts

@@ -107,6 +107,7 @@ def _choices_of_layers(choices: dict[str, Any], has_mixers: bool) -> dict[str, l
             value('attention_type'),
             value('num_kv_heads', '{} key/value heads') if is_grouped else None,
             value('sliding_window', 'window {:,}'),
+            value('attention_chunk', 'chunks of {:,}'),
         ],
         'FFN Type': [
             value('ffn_type'),

@@ -206,6 +206,7 @@ NUMBERS = {
     'attention_scale': 3.0,
     'attention_softcap': 0.001,
     'sliding_window': 3,
+    'attention_chunk': 3,
     'attention_pattern': 'LG',
     'end_of_text': 7,
     'num_experts': 4,

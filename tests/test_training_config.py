@@ -463,7 +463,7 @@ def test_resolved_settings_leave_nothing_open(dataset):
     done = resolved('--arch_preset=llama', dataset=dataset('byte', 256))
     left = [key for key, value in done.to_dict().items() if value in (None, 'auto')]
     off = {'attention_softcap', 'logit_softcap', 'sliding_window', 'layer_pattern'}
-    off |= {'canon', 'qkv_clip', 'query_scale_growth'}
+    off |= {'canon', 'qkv_clip', 'query_scale_growth', 'attention_chunk'}
     off |= {'wandb_project', 'wandb_run_name'}
     assert set(left) <= off | {'resume_run', 'peak_tflops', 'log_style'}
 

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.tensors import local_tensor
+from components.document_mask import attention_groups, locate_documents
 from inference.generate import eager_blocks
 from model_builder import ParameterGroup, Transformer
-from model_components import IGNORED, locate_documents
+from model_components import IGNORED
 from parallel.process_group import SingleProcessGroup
 from parallel.strategies import SingleProcess
 from records.record_types import LayerDiagnostics, PositionLoss
@@ -81,20 +82,23 @@ def _probed_attention(
     model: Transformer, tokens: torch.Tensor, logits: dict[int, torch.Tensor]
 ) -> Iterator[None]:
     """Set the largest |scale · q kᵀ| of each block's attention, if any, before caps and biases."""
-    elsewhere: torch.Tensor | bool = False  # whether the key is in another document
+    documents = None
     if model.end_of_text is not None:
-        numbers = locate_documents(tokens, model.end_of_text).ids[:, None, None]
-        elsewhere = numbers[..., None] != numbers[..., None, :]  # (B, 1, 1, T, T)
+        documents = locate_documents(tokens, model.end_of_text)
 
     def probe(layer, attend):
-        def probed(q, k, v, mask, spec, dropout):
+        def probed(q, k, v, mask, spec, dropout, *sinks):
             grouped = q.detach().unflatten(1, (k.size(1), -1))  # (B, KV heads, group, T, D)
             scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
             positions = torch.arange(q.size(2), device=q.device)
             hidden = ~spec.is_visible(positions[:, None], positions)
-            largest = scores.abs().masked_fill(hidden | elsewhere, 0.0).max()
+            groups = attention_groups(positions, documents, spec.chunk)
+            if groups is not None:
+                groups = groups[:, None, None]
+                hidden = hidden | (groups[..., None] != groups[..., None, :])  # (B, 1, 1, T, T)
+            largest = scores.abs().masked_fill(hidden, 0.0).max()
             logits[layer] = largest * spec.scale
-            return attend(q, k, v, mask, spec, dropout)
+            return attend(q, k, v, mask, spec, dropout, *sinks)
 
         return probed
 

@@ -300,9 +300,9 @@ class _ProbePasses:
         model, length = self.model, min(SHORT, self.model.config.block_size)
         # In a window of one token, positions cannot matter.
         windows = {
-            number: min(length, block.attention.spec.window or length)
+            number: min(length, block.attention.spec.reach or length)
             for number, (block, layer) in enumerate(zip(model.blocks, model.config.layers))
-            if _has_positions(layer) and block.attention.spec.window != 1
+            if _has_positions(layer) and block.attention.spec.reach != 1
         }
         reach = min(windows.values(), default=0)
         if reach < 2:

@@ -49,6 +49,7 @@ VALUES = {
     'rope_long_factors': ('1', '2.5'),
     'rope_short_factors': ('1', '1.5'),
     'sliding_window': (2, 4),
+    'attention_chunk': (2, 4),
     'canon': ('AC', 'BD'),
     'canon_width': (1, 3),
     'attention_pattern': ('L', 'LG'),

@@ -20,6 +20,9 @@ MODELS = {
     'gpt2': {'arch_preset': 'gpt2', 'attention_backend': 'manual'},
     'grouped': {'use_gqa': True, 'num_kv_heads': 2, 'norm_eps': 0.1},
     'one key': {'use_gqa': True, 'num_kv_heads': 1, 'attention_backend': 'manual'},
+    'chunks and sinks': {
+        **{'attention_chunk': 4, 'attention_sinks': True, 'attention_backend': 'manual'}
+    },
     'mixed': {
         'n_layer': 3,
         'layer_pattern': 'LGM',
@@ -57,8 +60,11 @@ def unrolled(model, tokens):
             )
             products = torch.einsum('btd,bsd->bts', one_q, one_k) / math.sqrt(attention.head_dim)
             length = tokens.size(1)
-            window = attention.spec.window or length
-            scores[-1] += [products[:, t, max(0, t + 1 - window) : t + 1] for t in range(length)]
+            window, chunk = attention.spec.window or length, attention.spec.chunk or length
+            scores[-1] += [
+                products[:, t, max(0, t + 1 - window, t // chunk * chunk) : t + 1]
+                for t in range(length)
+            ]
         x, _ = block(x, attn_inputs)
         streams.append(x)
     return streams, scores, model.output_head.projection(model.final_norm(x))
