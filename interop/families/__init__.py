@@ -14,6 +14,7 @@ from interop.families.biased_mixtures import (
     QWEN2_MOE,
 )
 from interop.families.cohere import COHERE, COHERE2, MINICPM3
+from interop.families.dbrx import DBRX
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, YOUTU
 from interop.families.falcon_h1 import FALCON_H1
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
@@ -51,6 +52,7 @@ from interop.families.phi3 import APERTUS, MINISTRAL3, PHI3
 from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
 from interop.families.recurrent_gemma import RECURRENT_GEMMA
+from interop.families.sarvam import SARVAM_MLA, SARVAM_MOE
 from interop.mapping import Family
 from interop.tensors import TensorMap
 
@@ -148,6 +150,9 @@ TRANSFORMERS = {
         PHI3,
         MINISTRAL3,
         APERTUS,
+        DBRX,
+        SARVAM_MOE,
+        SARVAM_MLA,
     )
 }
 

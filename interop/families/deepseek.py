@@ -115,7 +115,7 @@ def dense_layers_field(default: int) -> FieldMap:
 
 
 def latent_attention_fields(
-    q_rank: int, nope: int = 128, values: int = 128
+    q_rank: int | None, nope: int = 128, values: int = 128
 ) -> tuple[FieldMap, ...]:
     """The fields of latent attention, with defaults for the rank of queries and the head sizes."""
     return (
@@ -127,13 +127,12 @@ def latent_attention_fields(
         field('attention_bias', 'attention_bias', False),
         constant_option(attention_type='mla'),
         latent_kv_heads_field,
-        FieldMap(_read_head_dim, lambda config: {}),
     )
 
 
+HEAD_DIM = FieldMap(_read_head_dim, lambda config: {})
 _DEEPSEEK = (
     latent_norm_field(1e-6),
-    *latent_attention_fields(1536),
     field('d_ff', 'intermediate_size'),
     field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
     field('weight_tying', 'tie_word_embeddings', False),
@@ -194,6 +193,8 @@ DEEPSEEK_V2 = Family(
     field_maps=(
         *llama_fields(block_size=2048),
         *_DEEPSEEK,
+        *latent_attention_fields(1536),
+        HEAD_DIM,
         *expert_fields(1407, experts=64, shared=2),
         dense_layers_field(0),
         field('router_scale', 'routed_scaling_factor', 1.0),
@@ -209,18 +210,28 @@ DEEPSEEK_V2 = Family(
     ignored_tensors=ROTARY_BUFFERS,
 )
 
+
+def deepseek_v3_fields(
+    q_rank: int | None, experts: int, dense: int, groups: int, per_token: int
+) -> tuple[FieldMap, ...]:
+    """DeepSeek-V3 by the values of missing fields. dense: number of layers without experts.
+    per_token: groups of experts of a token."""
+    return (
+        *llama_fields(block_size=4096),
+        *_DEEPSEEK,
+        *latent_attention_fields(q_rank),
+        *expert_fields(2048, experts=experts, chosen=8, shared=1),
+        dense_layers_field(dense),
+        *biased_router_fields(True, 2.5, groups, per_token),
+        required_field(rope_interleave=True, scoring_func='sigmoid', topk_method='noaux_tc'),
+    )
+
+
 DEEPSEEK_V3 = Family(
     name='deepseek_v3',
     architecture='DeepseekV3ForCausalLM',
     prefix='model.',
-    field_maps=(
-        *llama_fields(block_size=4096),
-        *_DEEPSEEK,
-        *expert_fields(2048, experts=256, chosen=8, shared=1),
-        dense_layers_field(3),
-        *biased_router_fields(True, 2.5, 8, 4),
-        required_field(rope_interleave=True, scoring_func='sigmoid', topk_method='noaux_tc'),
-    ),
+    field_maps=(*deepseek_v3_fields(1536, 256, 3, 8, 4), HEAD_DIM),
     aliases={'num_local_experts': 'n_routed_experts'},
     irrelevant_fields=_IRRELEVANT_FIELDS,
     weights=DEEPSEEK_WEIGHTS | DEEPSEEK_BIAS,
@@ -235,6 +246,7 @@ YOUTU = Family(
         *llama_fields(block_size=131_072),
         latent_norm_field(1e-6),
         *latent_attention_fields(1536),
+        HEAD_DIM,
         field('d_ff', 'intermediate_size'),
         field('weight_tying', 'tie_word_embeddings', True),
         constant_option(ffn_bias=False),

@@ -3,6 +3,7 @@
 from interop.families.deepseek import (
     DEEPSEEK_BIAS,
     DEEPSEEK_WEIGHTS,
+    HEAD_DIM,
     SHARED_EXPERTS,
     dense_layers_field,
     expert_fields,
@@ -43,35 +44,60 @@ _OF_LATER_TOKENS = frozenset({'num_nextn_predict_layers', 'num_mtp_layers'})
 # --- GLM-4.5 --------------------------------------------------------------------------------------
 
 
-def _read_qk_norm(fields: Fields) -> dict:
-    if fields.take('use_qk_norm', bool, False):
-        return {'qk_norm': 'rmsnorm', 'qk_norm_scope': 'head'}
-    return {'qk_norm': 'none'}
+def _qk_norm_field(default: bool) -> FieldMap:
+    def read(fields: Fields) -> dict:
+        if fields.take('use_qk_norm', bool, default):
+            return {'qk_norm': 'rmsnorm', 'qk_norm_scope': 'head'}
+        return {'qk_norm': 'none'}
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        return {'use_qk_norm': options_with(config, 'qk_norm').get('qk_norm', 'none') != 'none'}
+
+    return FieldMap(read, write)
 
 
-def _write_qk_norm(config: ModelArchitectureConfig) -> dict:
-    return {'use_qk_norm': options_with(config, 'qk_norm').get('qk_norm', 'none') != 'none'}
+def glm4_moe_fields(
+    norm_eps: float,
+    d_ff: int,
+    head_dim: int | None,
+    qk_norm: bool,
+    experts: tuple[FieldMap, ...],
+    scale: float,
+    kv_heads: int,
+    rope: FieldMap,
+) -> tuple[FieldMap, ...]:
+    """GLM-4.5 and its aliases, by the values of missing fields. scale: of the router."""
+    return (
+        *llama_fields(block_size=131072, norm_eps=norm_eps),
+        field('d_ff', 'intermediate_size', d_ff),
+        field('head_dim', 'head_dim', head_dim),
+        # Of queries, keys and values.
+        field('attention_bias', 'attention_bias', False),
+        constant_option(attention_output_bias=False, ffn_type='moe', ffn_bias=False),
+        _qk_norm_field(qk_norm),
+        field('weight_tying', 'tie_word_embeddings', False),
+        field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+        *experts,
+        dense_layers_field(1),
+        *biased_router_fields(True, scale),
+        kv_heads_field(kv_heads),
+        rope,
+    )
 
 
 GLM4_MOE = Family(
     name='glm4_moe',
     architecture='Glm4MoeForCausalLM',
     prefix='model.',
-    field_maps=(
-        *llama_fields(block_size=131072, norm_eps=1e-5),
-        field('d_ff', 'intermediate_size', 10944),
-        field('head_dim', 'head_dim', None),
-        # Of queries, keys and values.
-        field('attention_bias', 'attention_bias', False),
-        constant_option(attention_output_bias=False, ffn_type='moe', ffn_bias=False),
-        FieldMap(_read_qk_norm, _write_qk_norm),
-        field('weight_tying', 'tie_word_embeddings', False),
-        field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
-        *expert_fields(1408, experts=128, chosen=8, shared=1),
-        dense_layers_field(1),
-        *biased_router_fields(True, 1.0),
-        kv_heads_field(8),
-        rope_fields(fraction='partial_rotary_factor', default_fraction=0.5),
+    field_maps=glm4_moe_fields(
+        norm_eps=1e-5,
+        d_ff=10944,
+        head_dim=None,
+        qk_norm=False,
+        experts=expert_fields(1408, experts=128, chosen=8, shared=1),
+        scale=1.0,
+        kv_heads=8,
+        rope=rope_fields(fraction='partial_rotary_factor', default_fraction=0.5),
     ),
     aliases={'num_local_experts': 'n_routed_experts'},
     irrelevant_fields=_OF_LATER_TOKENS,
@@ -100,6 +126,7 @@ GLM4_MOE_LITE = Family(
         *llama_fields(block_size=202752, norm_eps=1e-5),
         latent_norm_field(1e-5),
         *latent_attention_fields(768, 192, 256),
+        HEAD_DIM,
         field('weight_tying', 'tie_word_embeddings', False),
         constant_option(ffn_bias=False),
         required_field(hidden_act='silu', rope_interleave=True),

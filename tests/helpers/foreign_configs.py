@@ -22,6 +22,10 @@ _DEEPSEEK = {
     'n_shared_experts': 1,
     'first_k_dense_replace': 1,
 }
+_ROUTED = {
+    name: _DEEPSEEK[name]
+    for name in ('n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size')
+}
 _DELTA_NET = {
     'layer_types': ['linear_attention', 'full_attention'],
     'linear_num_key_heads': 2,
@@ -294,4 +298,11 @@ BASES = {
         **_EXPERTS,
         'num_dense_layers': 1,
     },
+    'dbrx': {
+        **{'n_layers': 2, 'n_heads': 4, 'd_model': 32, 'max_seq_len': 16},
+        'attn_config': {'kv_n_heads': 2, 'clip_qkv': 0.5, 'rope_theta': 10000.0},
+        'ffn_config': {'ffn_hidden_size': 16, 'moe_top_k': 2},
+    },
+    'sarvam_moe': {**_GROUPED, **_ROUTED},
+    'sarvam_mla': {**_DEEPSEEK, 'q_lora_rank': None},
 }

@@ -1,0 +1,89 @@
+"""Mixtures of experts with weights under other names: parity with transformers, refused fields."""
+
+import pytest
+from helpers import transformers_models as reference
+from helpers.foreign_configs import BASES
+
+import interop
+
+pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
+
+LENGTH = {'max_position_embeddings': 32}
+YARN = {
+    'rope_type': 'yarn',
+    'rope_theta': 50.0,
+    'factor': 4.0,
+    'original_max_position_embeddings': 32,
+}
+
+
+def changed(family: str, **fields) -> dict:
+    return {'model_type': family, **BASES[family], **LENGTH, **fields}
+
+
+DBRX = {**BASES['dbrx'], 'model_type': 'dbrx', 'max_seq_len': 32}
+# The config of transformers, and the letter of each layer that it is read as.
+CASES = {
+    'dbrx': (DBRX, ''),
+    'dbrx-other-weights': (
+        {
+            **DBRX,
+            'rope_theta': 50.0,
+            'attn_config': {'kv_n_heads': 4, 'clip_qkv': 2.0, 'rope_theta': 50.0},
+            'ffn_config': {
+                **{'ffn_hidden_size': 24, 'moe_num_experts': 3, 'moe_top_k': 1},
+                'moe_normalize_expert_weights': None,
+            },
+        },
+        '',
+    ),
+    'sarvam_moe': (changed('sarvam_moe'), 'DM'),
+    'sarvam_moe-biases': (
+        changed('sarvam_moe', attention_bias=True, use_qk_norm=False, norm_topk_prob=False),
+        'DM',
+    ),
+    'sarvam_mla': (changed('sarvam_mla'), 'DM'),
+    'sarvam_mla-latent-queries': (
+        changed('sarvam_mla', q_lora_rank=12, n_group=2, topk_group=1, rope_parameters=YARN),
+        'DM',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_parity(case, tmp_path):
+    reference.assert_parity(*CASES[case], tmp_path, new_tokens=20)
+
+
+REFUSED = {
+    'rope_theta=10000.0, which is outside attn_config': {
+        **DBRX,
+        'attn_config': {'kv_n_heads': 2, 'rope_theta': 5e5},
+    },
+    'moe_normalize_expert_weights=2.0 is not supported': {
+        **DBRX,
+        'ffn_config': {'moe_top_k': 2, 'moe_normalize_expert_weights': 2.0},
+    },
+    'ffn_act_fn=.* is not supported': {
+        **DBRX,
+        'ffn_config': {'moe_top_k': 2, 'ffn_act_fn': {'name': 'gelu'}},
+    },
+    'attn_config: foo=1': {**DBRX, 'attn_config': {'rope_theta': 10000.0, 'foo': 1}},
+}
+
+
+@pytest.mark.parametrize('message', REFUSED)
+def test_refused_fields_are_named(message):
+    problems: list[str] = []
+    fields = {'vocab_size': 40, **REFUSED[message]}
+    interop.TRANSFORMERS[fields['model_type']].read(fields, problems)
+    with pytest.raises(AssertionError, match=message):
+        assert problems == []
+
+
+def test_yarn_has_another_name_in_published_files():
+    scaling = {key: value for key, value in YARN.items() if key != 'rope_type'}
+    named = changed('sarvam_mla', rope_scaling={**scaling, 'type': 'deepseek_yarn'}, head_dim=14)
+    usual = changed('sarvam_mla', rope_parameters=YARN)
+    first, second = (reference.architecture({'vocab_size': 40, **f}) for f in (named, usual))
+    assert first.to_dict() == second.to_dict()
