@@ -33,6 +33,7 @@ NEUTRAL = {
     'attention_sinks': False,
     'attention_chunk': None,
     'rope_round_pairs': True,
+    'expert_weights_at': 'output',
     'router_bias': False,
     'router_groups': 1,
     'router_selection_bias': False,
@@ -47,7 +48,7 @@ _MIXTURE_OPTIONS = frozenset(
     {
         *('expert_ffn', 'num_experts', 'experts_per_token', 'shared_experts', 'expert_d_ff'),
         *('dense_layers', 'router_score', 'router_normalize', 'router_scale'),
-        *('load_balance_weight', 'router_z_loss', 'shared_gate'),
+        *('load_balance_weight', 'router_z_loss', 'shared_gate', 'expert_weights_at'),
         *('router_bias', 'router_groups', 'router_selection_bias'),
     }
 )

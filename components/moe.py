@@ -107,7 +107,8 @@ class MixtureOfExperts(FeedForward):
     """Mixture of experts: each token uses `experts_per_token` FFNs, weighted by a router's scores.
 
     Experts have no capacity limit, so no token is dropped. The router and both auxiliary losses are
-    computed in fp32.
+    computed in fp32. With `expert_weights_at='input'`, the output is the sum of expert(weight · x)
+    instead of weight · expert(x).
     """
 
     tag = 'MoE'
@@ -131,6 +132,12 @@ class MixtureOfExperts(FeedForward):
             False,
             "Weight the shared experts' output by a sigmoid of the token (Qwen2-MoE)",
             requires=('shared_experts', AnyBut(0)),
+        ),
+        'expert_weights_at': Option(
+            str,
+            'output',
+            "Place of the router's weights: on the experts' outputs, or on their inputs (Llama 4)",
+            choices=('output', 'input'),
         ),
         'expert_d_ff': Option(
             int | None, None, 'Hidden width of an expert; None: d_ff', check=at_least(1)
@@ -162,6 +169,7 @@ class MixtureOfExperts(FeedForward):
         super().__init__()
         self.num_experts = config.num_experts
         self.experts_per_token = config.experts_per_token
+        self.weighs_inputs = config.get('expert_weights_at') == 'input'
         self.balance_weight, self.z_weight = config.load_balance_weight, config.router_z_loss
         expert, width = FFN_REGISTRY[config.expert_ffn], config.expert_d_ff
         self.router = Router(config)
@@ -236,7 +244,8 @@ class MixtureOfExperts(FeedForward):
         shared += 'Gated' if config.get('shared_gate') else ''
         mixture = f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}'
         expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
-        return '-'.join((mixture, *Router.tags(config), expert))
+        place = ['InputWeights'] if config.get('expert_weights_at') == 'input' else []
+        return '-'.join((mixture, *Router.tags(config), *place, expert))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
         tokens = x.flatten(0, -2)  # (N, C)
@@ -262,10 +271,15 @@ class MixtureOfExperts(FeedForward):
     def mix_experts(
         self, tokens: torch.Tensor, weights: torch.Tensor, groups: ExpertGroups, order: torch.Tensor
     ) -> torch.Tensor:
-        """The outputs of the experts for tokens (N, C), summed with weights (N, k)."""
+        """The outputs of the experts for tokens (N, C), summed with weights (N, k) of outputs or
+        inputs."""
         rows = tokens.to(matmul_dtype(tokens)).index_select(0, order // self.experts_per_token)
+        if self.weighs_inputs:
+            rows = (rows * weights.flatten().index_select(0, order)[:, None]).to(rows.dtype)
         y, _ = self.experts(rows, groups)
         y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
+        if self.weighs_inputs:
+            return y.sum(dim=1)
         return (y * weights[..., None]).sum(dim=1).to(y.dtype)
 
     def aux_output(self, routing: Routing, groups: ExpertGroups) -> AuxOutput:

@@ -197,23 +197,30 @@ def one_expert(ours: MixtureOfExperts, number: int, config):
 
 def looped(ours: MixtureOfExperts, x, config):
     """Reference: token by token, choice by choice."""
+    weighs_inputs = config.expert_weights_at == 'input'
     experts = [one_expert(ours, number, config) for number in range(config.num_experts)]
     out = []
     for token in x.flatten(0, 1):
         scores = torch.softmax(ours.router(token), dim=-1)
         best = scores.argsort(descending=True)[: config.experts_per_token].tolist()
         total = sum(scores[number] for number in best)
-        out.append(sum(scores[n] / total * experts[n](token[None])[0] for n in best))
+        weights = {number: scores[number] / total for number in best}
+        if weighs_inputs:
+            out.append(sum(experts[n](weight * token[None])[0] for n, weight in weights.items()))
+        else:
+            out.append(sum(weight * experts[n](token[None])[0] for n, weight in weights.items()))
     return torch.stack(out).view(x.shape)
 
 
 EXPERTS = [name for name in FFN_REGISTRY if name not in ('moe', 'none')]
 
 
+@pytest.mark.parametrize('place', ['output', 'input'])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('expert', EXPERTS)
-def test_any_ffn_can_be_expert(expert, bias):
-    config = tiny(**{**MOE, 'expert_ffn': expert, 'bias': bias, 'd_ff': 24})
+def test_any_ffn_can_be_expert(expert, bias, place):
+    weights = {'expert_weights_at': place}
+    config = tiny(**{**MOE, 'expert_ffn': expert, 'bias': bias, 'd_ff': 24, **weights})
     ours, x = perturbed_model(config).blocks[0].ffn, some_input()
     y, grads, grad_x = output_and_gradients(ours, x)
     ours.zero_grad()
@@ -319,6 +326,9 @@ def test_moe_flops_match_loop_and_formula():
     assert ours.flops(rows, causal=False) == {'ffn': counter.get_total_flops()}
     router, expert = 2 * 16 * 5, 2 * 3 * 16 * 24
     assert ours.flops(rows, causal=True) == {'ffn': rows * (router + 2 * expert)}
+    inputs = config.replace(expert_weights_at='input')
+    assert build_model(inputs).blocks[0].ffn.flops(rows, True) == ours.flops(rows, True)
+    assert count_parameters(build_model(inputs)) == count_parameters(build_model(config))
 
 
 def test_moe_flops_with_shared_experts_and_dense_layers():
@@ -477,3 +487,6 @@ def test_moe_name_tag():
     assert '-MoE2of5-SwiGLU-' in tiny(**MOE).name
     name = tiny(**MOE, expert_ffn='standard', activation='relu2', shared_experts=1).name
     assert '-MoE2of5+1-ReLU2-' in name
+    config = tiny(**MOE, expert_weights_at='input')
+    assert '-MoE2of5-InputWeights-SwiGLU-' in config.name and config.hash != tiny(**MOE).hash
+    assert tiny(**MOE, expert_weights_at='output').hash == tiny(**MOE).hash
