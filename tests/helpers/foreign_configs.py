@@ -111,6 +111,7 @@ BASES = {
     },
     'hy_v3': {
         **_GROUPED,
+        'mlp_layer_types': ['sparse', 'dense'],  # by default the scores of two experts tie
         'num_experts': 4,
         'num_experts_per_tok': 2,
         'moe_intermediate_size': 16,
