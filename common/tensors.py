@@ -1,12 +1,12 @@
 """Tensors that may be sharded, and their storages."""
 
 import torch
-from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor that may be sharded, without a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    # Only a DTensor has this method. The import of its class would take a second.
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor.detach()
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -6,7 +6,6 @@ import torch
 
 from common.environment import world_size
 from common.errors import UserError
-from parallel.fully_sharded import FullySharded
 from parallel.strategies import DataParallel, SingleProcess, ZeRO1
 from training_config import TrainingConfig
 
@@ -19,6 +18,10 @@ def choose_strategy(run: TrainingConfig, device: torch.device) -> SingleProcess:
             f'{flag}=True needs processes started by torchrun. Run torchrun --standalone '
             f'--nproc_per_node=2 train.py … --{flag}=True, or set --{flag}=False.'
         )
-    if flag:
-        return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)
+    if run.use_fsdp:
+        from parallel.fully_sharded import FullySharded  # the import of FSDP2 takes a second
+
+        return FullySharded(run, device)
+    if run.use_zero1:
+        return ZeRO1(run, device)
     return DataParallel(run, device) if world_size() > 1 else SingleProcess(run, device)

@@ -16,7 +16,7 @@ import torch
 from common import hardware
 from common.parallel_options import derived_fsdp_options
 from model_builder import Transformer
-from parallel.fully_sharded import ShardUnit, shard_units
+from parallel.shard_units import ShardUnit, shard_units
 from parallel.strategies import aligned_elements, recomputed_blocks
 from planning.simulation import MemoryCategory, MemorySnapshot, Simulation
 from training_config import Settings, TrainingConfig

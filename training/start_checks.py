@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from common import hardware
 from common.errors import UserError
+from common.tensors import local_tensor
 from components.checks import Call, check_form, label, observe_calls, registered_class
 from components.faults import is_foreign
 from inference.generate import eager_blocks
@@ -455,7 +454,7 @@ def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterato
     generators = [] if device.type != 'cuda' else [device]
     with torch.random.fork_rng(devices=generators), torch.no_grad():
         for parameter in model.parameters():
-            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+            shard = local_tensor(parameter)
             if not shard.numel() or not _may_hide_a_leak(shard):
                 continue
             saved.append((shard, None if not shard.any() else shard.clone()))
@@ -477,7 +476,7 @@ def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterato
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
             for module in model.modules():
-                if isinstance(module, FSDPModule):
+                if hasattr(module, 'reshard'):  # sharded by FSDP2
                     module.reshard()  # the gathered parameters are the random ones
             model.train(mode)
 

@@ -16,7 +16,8 @@ from components.feed_forward import FeedForward
 from model_builder import build_model
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
 from parallel.autocast import parameters_cast_by_autocast
-from parallel.fully_sharded import FullySharded, shard_units
+from parallel.fully_sharded import FullySharded
+from parallel.shard_units import shard_units
 
 CPU = torch.device('cpu')
 N_LAYER = 4

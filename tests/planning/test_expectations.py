@@ -8,7 +8,8 @@ from helpers.project import PROJECT
 from common import hardware
 from configurator import read_command_line
 from model_builder import build_model
-from parallel.fully_sharded import FullySharded, shard_units
+from parallel.fully_sharded import FullySharded
+from parallel.shard_units import shard_units
 from parallel.strategies import DataParallel
 from planning.plan import completed_settings, plan_run
 from training_config import load_settings, schema

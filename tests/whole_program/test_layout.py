@@ -86,6 +86,14 @@ def test_comparison_and_records_import_no_torch():
     subprocess.run([sys.executable, '-c', code], cwd=PROJECT, check=True)
 
 
+@pytest.mark.slow
+def test_scripts_import_no_compiler_and_no_fsdp():
+    """Both import SymPy, which takes longer than all our modules."""
+    scripts = sorted(ROOT_MODULES - {'compare_architectures'})
+    code = f'import sys, {", ".join(scripts)}\nsys.exit("sympy" in sys.modules)'
+    subprocess.run([sys.executable, '-c', code], cwd=PROJECT, check=True)
+
+
 def test_module_length_limit():
     lengths = {
         path: len((PROJECT / path).read_text(encoding='utf-8').splitlines()) for path in SOURCES
