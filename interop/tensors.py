@@ -18,6 +18,8 @@ class Layout(NamedTuple):
 
 # Weights of a depthwise convolution: theirs (channels, 1, width), ours (channels, width).
 CONVOLUTION = Layout(lambda theirs: theirs.squeeze(1), lambda ours: ours.unsqueeze(1))
+# Weights of experts: theirs (experts, in, out), ours (experts, out, in).
+TRANSPOSED = Layout(lambda theirs: theirs.mT, lambda ours: ours.mT.contiguous())
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.layernorm_rope import JAIS2, NEMOTRON, PERSIMMON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
+from interop.families.llama4 import LLAMA4
 from interop.families.llama_aliases import EXAONE, INTERNLM3, IQUESTCODER
 from interop.families.llama_relatives import ARCEE, CWM, ERNIE4_5, HELIUM, MINISTRAL
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
@@ -153,6 +154,7 @@ TRANSFORMERS = {
         DBRX,
         SARVAM_MOE,
         SARVAM_MLA,
+        LLAMA4,
     )
 }
 

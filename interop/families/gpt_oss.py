@@ -20,7 +20,7 @@ from interop.mapping import (
     windows_field,
 )
 from interop.rope import rope_fields
-from interop.tensors import Layout, TensorMap, tensor, with_biases
+from interop.tensors import TRANSPOSED, Layout, TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 _ROPE = rope_fields(default_theta=150000.0)
@@ -54,7 +54,6 @@ _GATE_UP = Layout(
     lambda theirs: theirs.mT.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2),
     lambda ours: ours.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).mT.contiguous(),
 )
-_DOWN = Layout(lambda theirs: theirs.mT, lambda ours: ours.mT.contiguous())
 
 
 def _gate_up_rows(config: ModelArchitectureConfig) -> torch.Tensor:
@@ -97,7 +96,7 @@ GPT_OSS = Family(
     | {
         'blocks.{layer}.attention.sinks': tensor(LAYER + 'self_attn.sinks'),
         _OURS + 'gate_up.weight': tensor(_EXPERTS + 'gate_up_proj', layout=_GATE_UP),
-        _OURS + 'down.weight': tensor(_EXPERTS + 'down_proj', layout=_DOWN),
+        _OURS + 'down.weight': tensor(_EXPERTS + 'down_proj', layout=TRANSPOSED),
         _OURS + 'gate_up.bias': TensorMap(
             (_EXPERTS + 'gate_up_proj_bias',),
             row_order=_gate_up_rows,

@@ -39,7 +39,7 @@ from model_config import ModelArchitectureConfig
 _has_rope = all_but_every_nth('no_rope_layer_interval', 4)  # in files without `no_rope_layers`
 
 
-def _read_rotated(fields: Fields) -> list[bool]:
+def read_rotated(fields: Fields) -> list[bool]:
     """Whether each layer has rotary positions."""
     layers = min(fields.take('num_hidden_layers', int, 0), MAX_LAYERS)
     flags = fields.value('no_rope_layers')
@@ -61,7 +61,7 @@ def _write_rotated(config: ModelArchitectureConfig) -> dict:
 def _has_smollm3_window(layer: int, fields: Fields) -> bool:
     if not fields.take('use_sliding_window', bool, False):
         return False
-    return _read_rotated(fields)[layer : layer + 1] == [False]
+    return read_rotated(fields)[layer : layer + 1] == [False]
 
 
 def _check_smollm3_windows(fields: Fields) -> dict:
@@ -84,7 +84,7 @@ SMOLLM3 = Family(
         field('ffn_bias', 'mlp_bias', False),
         field('weight_tying', 'tie_word_embeddings', True),
         kv_heads_field(4),
-        rope_in_some_layers(rope_fields(default_theta=2e6), _read_rotated),
+        rope_in_some_layers(rope_fields(default_theta=2e6), read_rotated),
         FieldMap(lambda fields: {}, _write_rotated),
         windows_field(None, _has_smollm3_window, switch='use_sliding_window'),
         FieldMap(_check_smollm3_windows, lambda config: {}),

@@ -85,6 +85,17 @@ BASES = {
         'num_experts_per_tok': 2,
         'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
     },
+    'llama4_text': {
+        **_GROUPED,
+        'no_rope_layers': [1, 0],
+        'attention_chunk_size': 5,
+        'floor_scale': 4,
+        'moe_layers': [1],
+        'num_local_experts': 4,
+        'num_experts_per_tok': 2,
+        'intermediate_size': 16,
+        'intermediate_size_mlp': 48,
+    },
     'qwen2_moe': {
         **_GROUPED,
         'mlp_only_layers': [0],
