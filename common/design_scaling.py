@@ -189,7 +189,7 @@ SCALINGS: dict[str, Scaling] = {
     'mamba2_width': _mamba2_width,
     'mamba2_groups': _mamba2_groups,
     'rg_lru_width': _rg_lru_width,
-    **dict.fromkeys(('sliding_window', 'attention_chunk'), _context),
+    **dict.fromkeys(('sliding_window', 'attention_chunk', 'query_scale_length'), _context),
     'rope_original_block_size': _context,
     'attention_scale': _attention_scale,
     'dense_layers': _first_layers,

@@ -10,6 +10,12 @@ _BIASED_ROUTER = {
     'router_selection_bias': True,
     'load_balance_weight': 0.0001,
 }
+
+
+def _part_of_context(values: dict) -> int:
+    return max(1, values['block_size'] // 32)
+
+
 MIXTURES = {
     'mixtral': {
         **LLAMA,
@@ -101,7 +107,7 @@ MIXTURES = {
         'num_kv_heads': partial(kv_heads_in_groups_of, 8),
         'attention_bias': True,
         'attention_sinks': True,
-        'sliding_window': lambda values: max(1, values['block_size'] // 32),
+        'sliding_window': _part_of_context,
         'attention_pattern': 'LG',
         'ffn_type': 'moe',
         'expert_ffn': 'clamped_swiglu',
@@ -111,6 +117,36 @@ MIXTURES = {
         'expert_d_ff': partial(multiple_of_8, 1),
         'router_bias': True,
         'load_balance_weight': 0.001,
+    },
+    'llama4': {
+        **LLAMA,
+        'rope_theta': 5e5,
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 5),
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 16,
+        'experts_per_token': 1,
+        'shared_experts': 1,
+        'expert_weights_at': 'input',
+        'expert_d_ff': partial(multiple_of_8, 8 / 5),
+        'router_score': 'sigmoid',
+        'router_normalize': False,
+        'load_balance_weight': 0.001,
+        'layer_pattern': 'RRRN',
+        'layer_kinds': {
+            'R': {
+                'attention_chunk': _part_of_context,
+                'qk_norm': 'rmsnorm_nogain',
+                'qk_norm_position': 'after_rotation',
+            },
+            'N': {
+                'position_encoding': 'none',
+                'query_scale_growth': 0.1,
+                'query_scale_length': _part_of_context,
+                'query_scale_offset': 1,
+            },
+        },
     },
 }
 MIXTURE_DESCRIPTIONS = {
@@ -143,5 +179,11 @@ MIXTURE_DESCRIPTIONS = {
         "gpt-oss (OpenAI 2025) with the 20B model's ratios: attention sinks, a window of 1/32 of "
         'the context in every other layer, 8 query heads that share keys and values, biases; 4 of '
         '32 experts with clamped SwiGLU per token'
+    ),
+    'llama4': (
+        "Llama 4 (Meta 2025) with Scout's ratios: in three of four layers RoPE, QK norm without "
+        'weights, and chunks of 1/32 of the context (8192 of 262,144 in the original); in the '
+        'fourth no positions, and queries that grow with theirs; 5 query heads share keys and '
+        'values; 1 of 16 experts, weighted at its input, and a shared one per token'
     ),
 }

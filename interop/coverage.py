@@ -34,7 +34,7 @@ FAMILIES = {
     'gpt_oss': '',
     'kimi_linear': '',
     'llama': '',
-    'llama4_text': 'chunked attention, query scale by position, experts weighted at their input',
+    'llama4_text': '',
     'minimax_m2': '',
     'mistral': '',
     'mixtral': '',

@@ -153,9 +153,7 @@ def _read_sparse(fields: Fields, layers: int | None) -> list[str]:
 _FFNS = layer_kinds_field(
     LayerNames((*_LISTED.fields, *_STEPS.fields), _read_sparse, _LISTED.write),
     kinds={
-        _DENSE: LayerKind(
-            {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size_mlp', 16384),)
-        ),
+        _DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size_mlp', 16384),)),
         _SPARSE: LayerKind(
             {'ffn_type': 'moe'},
             (

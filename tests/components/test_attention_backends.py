@@ -42,6 +42,7 @@ BACKENDS = {
     'gemma3': ('sdpa', 'flex'),
     'olmo3': ('sdpa', 'flex'),
     'gpt_oss': ('manual', 'flex'),
+    'llama4': ('sdpa', 'flex'),
     'cohere2': ('sdpa', 'flex'),
     'mamba': (None, None),
     'mamba2': (None, None),

@@ -399,6 +399,7 @@ FAMILY_OF_PRESET = {
     'glm4_moe': 'glm4_moe',
     'deepseek_v3': 'deepseek_v3',
     'gpt_oss': 'gpt_oss',
+    'llama4': 'llama4_text',
     'lfm2': 'lfm2',
     'mamba': 'mamba',
     'jamba': 'jamba',

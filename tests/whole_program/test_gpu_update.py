@@ -60,6 +60,7 @@ LAUNCHES = {
     'glm4_moe': 262,
     'deepseek_v3': 345,
     'gpt_oss': 294,
+    'llama4': 248,
     'kimi_linear': 518,
     'qwen3_next': 472,
     'mixed': 161,
