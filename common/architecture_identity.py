@@ -37,6 +37,7 @@ NEUTRAL = {
     'router_bias': False,
     'router_groups': 1,
     'router_selection_bias': False,
+    'router_selection_bias_target': 'scores',
     'mixer_backend': 'torch',
     'embedding_multiplier': 1.0,
     'logit_multiplier': 1.0,

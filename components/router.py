@@ -34,10 +34,11 @@ class Router(nn.Linear):
     With `router_groups`, a token first chooses groups of experts, by their best experts, and then
     experts of these groups (DeepSeek-V2, section 2.2.2; 'top2' as in DeepSeek-V3).
 
-    With `router_selection_bias`, a bias of each expert is added to the scores, but only for these
-    choices. After each update of the weights it grows by `router_bias_update` for an expert that
-    got fewer tokens than the mean and shrinks for one that got more, which balances the load
-    without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2). It is a buffer, without gradient.
+    With `router_selection_bias`, a bias of each expert is added to the scores, or to the logits
+    (`router_selection_bias_target`), but only for these choices. After each update of the weights
+    it grows by `router_bias_update` for an expert that got fewer tokens than the mean and shrinks
+    for one that got more, which balances the load without a loss (Wang et al. 2024; DeepSeek-V3,
+    section 2.1.2). It is a buffer, without gradient.
     """
 
     options: ClassVar = {
@@ -78,6 +79,13 @@ class Router(nn.Linear):
             'Add a bias to the scores for the choice of experts only, by which the load is '
             'balanced without a loss (DeepSeek-V3)',
         ),
+        'router_selection_bias_target': Option(
+            str,
+            'scores',
+            'What the selection bias is added to: the scores, or the logits (Kolibri)',
+            choices=('scores', 'logits'),
+            requires=('router_selection_bias', True),
+        ),
         'router_bias_update': Option(
             float,
             0.001,
@@ -97,6 +105,7 @@ class Router(nn.Linear):
             self.groups_per_token = config.router_groups_per_token
             self.group_score = GROUP_SCORES[config.router_group_score]
         has_bias = config.get('router_selection_bias')
+        self.biases_logits = config.get('router_selection_bias_target') == 'logits'
         self.bias_step = config.router_bias_update if has_bias else 0.0
         bias = torch.empty(config.num_experts, dtype=torch.float32) if has_bias else None
         self.register_buffer('selection_bias', bias)
@@ -138,7 +147,10 @@ class Router(nn.Linear):
         if 'router_group_score' in config:
             groups = f'{config.router_groups_per_token}of{config.router_groups}'
             tags.append(f'G{groups}{GROUP_TAGS[config.router_group_score]}')
-        return tags + (['SelBias'] if config.get('router_selection_bias') else [])
+        if config.get('router_selection_bias'):
+            of_logits = config.get('router_selection_bias_target') == 'logits'
+            tags.append('LogitSelBias' if of_logits else 'SelBias')
+        return tags
 
     def route(self, tokens: torch.Tensor) -> Routing:
         """tokens (N, C) -> Routing."""
@@ -148,14 +160,14 @@ class Router(nn.Linear):
         if self.groups == 1 and self.selection_bias is None:
             weights, chosen = scores.topk(self.experts_per_token)  # (N, k)
         else:
-            chosen = self.choose(scores.detach())
+            chosen = self.choose((logits if self.biases_logits else scores).detach())
             weights = scores.gather(-1, chosen)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         return Routing(logits, scores, weights * self.scale, chosen)
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The experts (N, k) for scores (N, experts), by groups and with the selection bias."""
+        """The experts (N, k) for scores or logits (N, experts), by groups and with the bias."""
         if self.selection_bias is not None:
             scores = scores + self.selection_bias
         if self.groups > 1:

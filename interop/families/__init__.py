@@ -33,6 +33,7 @@ from interop.families.granite import (
     GRANITE_MOE_SHARED,
     HYPERCLOVAX,
 )
+from interop.families.granite_swa import GRANITE_MOE_SWA, GRANITE_SWA
 from interop.families.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
 from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.layernorm_rope import JAIS2, NEMOTRON, PERSIMMON, STARCODER2
@@ -54,6 +55,7 @@ from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
 from interop.families.recurrent_gemma import RECURRENT_GEMMA
 from interop.families.sarvam import SARVAM_MLA, SARVAM_MOE
+from interop.families.windowed_mixtures import FLINT, KOLIBRI1
 from interop.mapping import Family
 from interop.tensors import TensorMap
 
@@ -155,6 +157,10 @@ TRANSFORMERS = {
         SARVAM_MOE,
         SARVAM_MLA,
         LLAMA4,
+        GRANITE_SWA,
+        GRANITE_MOE_SWA,
+        FLINT,
+        KOLIBRI1,
     )
 }
 

@@ -78,24 +78,27 @@ def qwen_mixers(kv_heads: int, rope: FieldMap) -> FieldMap:
 DENSE, SPARSE = 'dense', 'sparse'
 
 
-def _read_ffn_names(fields: Fields, layers: int | None) -> list[str]:
-    step = fields.take('decoder_sparse_step', int, 1)
-    if step < 1:
-        fields.refuse('decoder_sparse_step', 'must be at least 1')
-    dense = fields.take('mlp_only_layers', list[int], optional=True) or []
-    return [
-        SPARSE if layer not in dense and (layer + 1) % max(step, 1) == 0 else DENSE
-        for layer in range(layers or 0)
-    ]
+def sparse_steps(dense: tuple[int, ...] = ()) -> LayerNames:
+    """Every n-th layer is sparse, except those in a list. dense: that list if it is missing."""
+
+    def read(fields: Fields, layers: int | None) -> list[str]:
+        step = fields.take('decoder_sparse_step', int, 1)
+        if step < 1:
+            fields.refuse('decoder_sparse_step', 'must be at least 1')
+        listed = fields.take('mlp_only_layers', list[int], optional=True)
+        excluded = dense if listed is None else listed
+        return [
+            SPARSE if layer not in excluded and (layer + 1) % max(step, 1) == 0 else DENSE
+            for layer in range(layers or 0)
+        ]
+
+    def write(names: list[str]) -> dict:
+        return {'mlp_only_layers': [layer for layer, name in enumerate(names) if name == DENSE]}
+
+    return LayerNames(('decoder_sparse_step', 'mlp_only_layers'), read, write)
 
 
-def _write_ffn_names(names: list[str]) -> dict:
-    return {'mlp_only_layers': [layer for layer, name in enumerate(names) if name == DENSE]}
-
-
-SPARSE_STEPS = LayerNames(
-    ('decoder_sparse_step', 'mlp_only_layers'), _read_ffn_names, _write_ffn_names
-)
+SPARSE_STEPS = sparse_steps()
 _FFNS = layer_kinds_field(
     SPARSE_STEPS,
     kinds={

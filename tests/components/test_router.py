@@ -11,6 +11,7 @@ MOE = {'ffn_type': 'moe', 'num_experts': 12, 'experts_per_token': 3}
 GROUPS = {'router_groups': 4, 'router_groups_per_token': 2}
 TOP2 = {'router_group_score': 'top2'}
 BIAS = {'router_selection_bias': True}
+LOGITS = {**BIAS, 'router_selection_bias_target': 'logits'}
 
 
 def router(**values) -> Router:
@@ -37,7 +38,9 @@ def routed_by_loop(ours: Router, config) -> tuple[list[list[int]], list[list[flo
         if ours.bias is not None:
             logits = logits + ours.bias.double()
         scores = logits.sigmoid() if config.router_score == 'sigmoid' else logits.softmax(0)
-        ranked = scores if ours.selection_bias is None else scores + ours.selection_bias.double()
+        ranked = logits if config.get('router_selection_bias_target') == 'logits' else scores
+        if ours.selection_bias is not None:
+            ranked = ranked + ours.selection_bias.double()
         size = config.num_experts // config.router_groups
         groups = [range(g * size, (g + 1) * size) for g in range(config.router_groups)]
 
@@ -61,6 +64,7 @@ CHOICES = {
     'plain': {},
     'bias of logits': {'router_bias': True},
     'selection bias': {**BIAS, 'router_scale': 2.5},
+    'selection bias of logits': {**LOGITS, 'router_score': 'sigmoid'},
     'groups': {**GROUPS, 'router_normalize': False},
     'groups by two': {**GROUPS, **TOP2, 'router_score': 'sigmoid'},
     'all': {**GROUPS, **TOP2, **BIAS, 'router_score': 'sigmoid', 'router_bias': True},
@@ -186,8 +190,12 @@ def test_impossible_groups_are_refused(message):
 def test_router_tags_and_neutral_values():
     plain = tiny(**MOE)
     assert tiny(**V3, **MOE).name.replace('-G2of4top2-SelBias', '') == plain.name
+    assert '-LogitSelBias-' in tiny(**MOE, **LOGITS).name
     assert '-RBias-' in tiny(**MOE, router_bias=True).name
     neutral = {'router_groups': 1, 'router_selection_bias': False, 'router_bias': False}
     assert tiny(**MOE, **neutral).hash == plain.hash
+    assert (
+        tiny(**MOE, **BIAS, router_selection_bias_target='scores').hash == tiny(**MOE, **BIAS).hash
+    )
     for values in (BIAS, GROUPS, {'router_bias': True}):
         assert tiny(**MOE, **values).hash != plain.hash

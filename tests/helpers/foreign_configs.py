@@ -317,4 +317,26 @@ BASES = {
     },
     'sarvam_moe': {**_GROUPED, **_ROUTED},
     'sarvam_mla': {**_DEEPSEEK, 'q_lora_rank': None},
+    'granite_swa': {**_GROUPED, **_MULTIPLIERS, **_MIXED_WINDOWS, 'layer_rope_theta': [50.0, 0.0]},
+    'granitemoe_swa': {
+        **_GROUPED,
+        **_MULTIPLIERS,
+        **_MIXED_WINDOWS,
+        'layer_rope_theta': [0.0, 50.0],
+        'num_local_experts': 4,
+        'shared_intermediate_size': 96,
+    },
+    'flint': {
+        **_GROUPED,
+        **_MIXED_WINDOWS,
+        **_EXPERTS,
+        'mlp_only_layers': [0],
+        'shared_expert_intermediate_size': 32,
+    },
+    'kolibri1': {
+        **{key: value for key, value in _GROUPED.items() if key != 'intermediate_size'},
+        **_MIXED_WINDOWS,
+        **_EXPERTS,
+        'shared_expert_intermediate_size': 32,
+    },
 }

@@ -47,6 +47,34 @@ CASES = {
         changed('sarvam_mla', q_lora_rank=12, n_group=2, topk_group=1, rope_parameters=YARN),
         'DM',
     ),
+    'granite_swa': (changed('granite_swa'), 'LG'),
+    'granite_swa-no-positions': (
+        changed('granite_swa', layer_rope_theta=[0, 0], attention_bias=True, mlp_bias=True),
+        'LG',
+    ),
+    'granite_swa-defaults': (
+        changed('granite_swa', layer_rope_theta=None, layer_types=None, num_hidden_layers=5),
+        'GLLLG',
+    ),
+    'granitemoe_swa': (changed('granitemoe_swa', tie_word_embeddings=True), 'LG'),
+    'granitemoe_swa-no-shared': (
+        changed('granitemoe_swa', shared_intermediate_size=0, layer_rope_theta=[50.0, 7.0]),
+        'LG',
+    ),
+    'flint': (changed('flint'), 'LG'),
+    'flint-defaults': (
+        changed(
+            'flint',
+            **{'layer_types': None, 'mlp_only_layers': None, 'num_hidden_layers': 5},
+            **{'norm_topk_prob': False, 'attention_bias': True},
+        ),
+        'AABBC',
+    ),
+    'kolibri1': (changed('kolibri1'), 'LG'),
+    'kolibri1-defaults': (
+        changed('kolibri1', layer_types=None, num_hidden_layers=5, norm_topk_prob=True),
+        'LLLLG',
+    ),
 }
 
 
@@ -68,6 +96,9 @@ REFUSED = {
         **DBRX,
         'ffn_config': {'moe_top_k': 2, 'ffn_act_fn': {'name': 'gelu'}},
     },
+    'layer_rope_theta=.* has 1 entries for 2 layers': changed(
+        'granite_swa', layer_rope_theta=[1.0]
+    ),
     'attn_config: foo=1': {**DBRX, 'attn_config': {'rope_theta': 10000.0, 'foo': 1}},
 }
 
