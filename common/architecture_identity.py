@@ -32,6 +32,7 @@ NEUTRAL = {
     'residual': 'addition',
     'attention_sinks': False,
     'attention_chunk': None,
+    'value_head_dim': None,
     'rope_round_pairs': True,
     'expert_weights_at': 'output',
     'router_bias': False,
@@ -43,7 +44,7 @@ NEUTRAL = {
     'logit_multiplier': 1.0,
 }
 # Newer options whose neutral value is the value of another option.
-NEUTRAL_LIKE = {'attention_output_bias': 'attention_bias'}
+NEUTRAL_LIKE = {'attention_output_bias': 'attention_bias', 'value_head_dim': 'head_dim'}
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(
     {

@@ -175,7 +175,8 @@ SCALINGS: dict[str, Scaling] = {
     'mamba_dt_rank': _rank,
     'n_head': scaled_heads,
     'num_kv_heads': _kv_heads,
-    **dict.fromkeys(('head_dim', 'v_head_dim', 'qk_nope_head_dim', 'qk_rope_head_dim'), _head_dim),
+    **dict.fromkeys(('head_dim', 'value_head_dim', 'v_head_dim'), _head_dim),
+    **dict.fromkeys(('qk_nope_head_dim', 'qk_rope_head_dim'), _head_dim),
     **dict.fromkeys(('gdn_head_dim', 'gdn_v_head_dim'), _head_dim),
     **dict.fromkeys(('mamba2_head_dim', 'mamba2_state_size'), _head_dim),
     **{

@@ -267,6 +267,12 @@ class MultiHeadAttention(Attention):
         'head_dim': Option(
             int | None, None, 'Head dimension; None: n_embd / n_head', check=at_least(1)
         ),
+        'value_head_dim': Option(
+            int | None,
+            None,
+            'Dimensions of a value head (MiMo-V2-Flash: 2/3 of head_dim); None: head_dim',
+            check=at_least(1),
+        ),
         'use_gqa': Option(bool, False, 'Use grouped-query attention: heads share keys and values'),
         'num_kv_heads': Option(
             int | None,
@@ -310,12 +316,13 @@ class MultiHeadAttention(Attention):
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
         self.head_dim, kv_heads = config.head_dim, self.kv_heads(config)
-        q_rows, kv_rows = config.n_head * config.head_dim, kv_heads * config.head_dim
-        gates = {'elementwise': q_rows, 'head': config.n_head}.get(config.get('attention_gate'))
-        self.rows = (q_rows, kv_rows, kv_rows, *([gates] if gates else []))
+        q_rows, k_rows = config.n_head * config.head_dim, kv_heads * config.head_dim
+        outputs = {'elementwise': config.n_head * self.v_head_dim, 'head': config.n_head}
+        gates = outputs.get(config.get('attention_gate'))
+        self.rows = (q_rows, k_rows, kv_heads * self.v_head_dim, *([gates] if gates else []))
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
         self.canon = canon_layer(config, 'B', sum(self.rows[:3]))
-        (self.q_norm, q_dim), (self.k_norm, k_dim) = qk_norms(config, q_rows, kv_rows)
+        (self.q_norm, q_dim), (self.k_norm, k_dim) = qk_norms(config, q_rows, k_rows)
         self.norm_dims = q_dim, k_dim
         self.norms_rotated = config.get('qk_norm_position') == 'after_rotation'
         self.qkv_clip, self.query_scale = config.get('qkv_clip'), query_scale(config)
@@ -328,7 +335,7 @@ class MultiHeadAttention(Attention):
     @classmethod
     def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:
         head_dim = config.head_dim or max(1, config.n_embd // config.n_head)
-        return head_dim, head_dim
+        return head_dim, config.get('value_head_dim') or head_dim
 
     @staticmethod
     def kv_heads(config: ModelArchitectureConfig) -> int:
@@ -336,14 +343,20 @@ class MultiHeadAttention(Attention):
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
-        head_dim, _ = cls.head_dims(config)
-        return {'head_dim': (head_dim, 'n_embd / n_head'), **super().derived_values(config)}
+        head_dim, value_head_dim = cls.head_dims(config)
+        return {
+            'head_dim': (head_dim, 'n_embd / n_head'),
+            'value_head_dim': (value_head_dim, 'head_dim'),
+            **super().derived_values(config),
+        }
 
     @classmethod
     def head_tags(cls, config: ModelArchitectureConfig) -> list[str]:
         tags = []
         if config.head_dim * config.n_head != config.n_embd:
             tags.append(f'HD{config.head_dim}')
+        if cls.head_dims(config)[1] != config.head_dim:
+            tags.append(f'VD{config.value_head_dim}')
         if config.use_gqa:
             tags.append('MQA' if config.num_kv_heads == 1 else f'GQA{config.num_kv_heads}')
         tags += filter(None, (qk_norm_tag(config), query_scale_tag(config)))
@@ -386,7 +399,9 @@ class MultiHeadAttention(Attention):
             ]
         problems = {}
         for letter, layer in later:
-            sizes, of_first = ((cls.kv_heads(each), each.head_dim) for each in (layer, first))
+            sizes, of_first = (
+                (cls.kv_heads(each), cls.head_dims(each)[1]) for each in (layer, first)
+            )
             if sizes != of_first:
                 problems[letter] = (
                     f'value_residual={layer.value_residual!r} (layers {letter}): their '
@@ -412,11 +427,11 @@ class MultiHeadAttention(Attention):
             q = self.query_scale.scaled(q, attn_inputs.shared.positions)
         if self.replaces_q_and_k:
             v = v.contiguous()  # a view would keep the memory of the replaced q and k
-        v = self.split_heads(self.share_values(v, attn_inputs))
+        v = self.split_heads(self.share_values(v, attn_inputs), self.v_head_dim)
         if not gate:
             return self.attend_and_project(q, k, v, attn_inputs)
         y = self.attend_with_cache(q, k, v, attn_inputs)
-        factor = gate[0].sigmoid().unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or D)
+        factor = gate[0].sigmoid().unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or Dv)
         return self.project_output(y * factor.transpose(1, 2))
 
     def norm_and_rotate(
@@ -434,7 +449,7 @@ class MultiHeadAttention(Attention):
         return shared if self.query_scale is None else (*shared, 'positions')
 
     def share_values(self, v: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
-        """Values v (B, T, KV heads · D), with those of the first layer if there is a
+        """Values v (B, T, KV heads · Dv), with those of the first layer if there is a
         `value_residual`; the first layer publishes its own."""
         if attn_inputs.published is not None:
             attn_inputs.published.values = v
@@ -456,9 +471,10 @@ class MultiHeadAttention(Attention):
 
         return {**super().initial_values(), 'value_lambdas': fill}
 
-    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D)."""
-        return x.flatten(2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def split_heads(self, x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+        """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D). dim: D; None:
+        head_dim."""
+        return x.flatten(2).unflatten(-1, (-1, dim or self.head_dim)).transpose(1, 2)
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         return {**super().matrices(), self.qkv.weight: self.rows}

@@ -18,7 +18,7 @@ class SharedInputs(NamedTuple):
     x0: torch.Tensor | None = None  # the input of the first block, (B, T, C)
     # Of the tokens in the text, (T,), or in their documents if those are kept apart, (B, T).
     positions: torch.Tensor | None = None
-    # Values of the first layer whose attention has `share_values`, (B, T, KV heads · D).
+    # Values of the first layer whose attention has `share_values`, (B, T, KV heads · Dv).
     first_values: torch.Tensor | None = None
 
 

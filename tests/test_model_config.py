@@ -192,6 +192,7 @@ NUMBERS = {
     'z_loss': 0.1,
     'init_std': 0.1,
     'head_dim': 4,
+    'value_head_dim': 5,
     'q_lora_rank': 5,
     'kv_lora_rank': 7,
     'qk_nope_head_dim': 3,

@@ -29,6 +29,7 @@ VALUES = {
     'residual_dropout': (0.1,),
     'num_kv_heads': (1, 2),
     'head_dim': (6,),
+    'value_head_dim': (5,),
     'q_lora_rank': (5,),
     'kv_lora_rank': (7,),
     'qk_nope_head_dim': (3,),
