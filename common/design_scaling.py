@@ -156,6 +156,13 @@ def _attention_scale(value: float, published: Published, values: dict) -> float:
     return value * (published.head_dim / now) ** power
 
 
+def _deepnorm_alpha(value: float, published: Published, values: dict) -> float:
+    """(2 · layers)^¼ if it is exactly that in the released model."""
+    if math.isclose(value, (2 * published.options['n_layer']) ** 0.25):
+        return (2 * values['n_layer']) ** 0.25
+    return value
+
+
 def _first_layers(value: int, published: Published, values: dict) -> int:
     """First layers of another kind, at least one if there are any."""
     layers = values['n_layer']
@@ -193,6 +200,7 @@ SCALINGS: dict[str, Scaling] = {
     **dict.fromkeys(('sliding_window', 'attention_chunk', 'query_scale_length'), _context),
     'rope_original_block_size': _context,
     'attention_scale': _attention_scale,
+    **dict.fromkeys(('deepnorm_mixer_alpha', 'deepnorm_ffn_alpha'), _deepnorm_alpha),
     'dense_layers': _first_layers,
     'layer_pattern': _pattern,
     'attention_pattern': _pattern,

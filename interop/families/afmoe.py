@@ -55,6 +55,9 @@ AFMOE = Family(
         constant_option(qk_norm='rmsnorm', qk_norm_scope='head'),
         constant_option(attention_bias=False, ffn_bias=False),
         required_field(hidden_act='silu', attention_bias=False),
+        # In released files; transformers has no others.
+        required_field(score_func='sigmoid', route_norm=True, n_group=1, topk_group=1),
+        required_field(num_expert_groups=1, num_limited_groups=1),
         kv_heads_field(),
         windows_field(1024, _has_window),
         rope_in_some_layers(rope_fields(), _read_rotated),
@@ -80,7 +83,10 @@ AFMOE = Family(
             },
         ),
     ),
-    irrelevant_fields=frozenset({'global_attn_every_n_layers'}),  # superseded by layer_types
+    # Superseded by layer_types; kernels and training.
+    irrelevant_fields=frozenset(
+        {'global_attn_every_n_layers', 'use_grouped_mm', 'load_balance_coeff'}
+    ),
     weights=EMBEDDING_AND_HEAD
     | QK_NORMS
     | GATED_FFN

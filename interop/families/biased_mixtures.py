@@ -247,6 +247,7 @@ EXAONE_MOE = Family(
         constant_option(qk_norm='rmsnorm', qk_norm_scope='head'),
         constant_option(attention_bias=False, ffn_bias=False),
         required_field(hidden_act='silu'),
+        required_field(scoring_func='sigmoid', topk_method='noaux_tc'),  # in released files
         kv_heads_field(32),
         *EXAONE4_LAYERS,
         layer_kinds_field(
@@ -270,8 +271,13 @@ EXAONE_MOE = Family(
             },
         ),
     ),
-    # Superseded by layer_types; multi-token prediction.
-    irrelevant_fields=frozenset({'sliding_window_pattern', 'num_nextn_predict_layers'}),
+    # Superseded by layer_types and mlp_layer_types; multi-token prediction.
+    irrelevant_fields=frozenset(
+        {
+            *('sliding_window_pattern', 'first_last_k_dense_replace', 'is_moe_layer'),
+            'num_nextn_predict_layers',
+        }
+    ),
     weights=EMBEDDING_AND_HEAD
     | PRE_NORMS
     | QK_NORMS

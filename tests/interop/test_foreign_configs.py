@@ -81,6 +81,39 @@ def test_refused_fields_are_named(message):
 
 # The fields of published checkpoints from all versions of transformers, without the sizes.
 PUBLISHED = {
+    'trinity-nano': (
+        'afmoe',
+        {
+            'global_attn_every_n_layers': 4,
+            'mup_enabled': True,
+            'n_group': 1,
+            'num_expert_groups': 1,
+            'num_limited_groups': 1,
+            'rope_scaling': None,
+            'rope_theta': 10000,
+            'route_norm': True,
+            'route_scale': 2.826,
+            'score_func': 'sigmoid',
+            'topk_group': 1,
+            'use_grouped_mm': True,
+        },
+    ),
+    'k-exaone': (
+        'exaone_moe',
+        {
+            'first_last_k_dense_replace': 1,
+            'layer_types': ['sliding_attention', 'full_attention'],
+            'n_group': 1,
+            'norm_topk_prob': True,
+            'rope_scaling': None,
+            'rope_theta': 1000000,
+            'routed_scaling_factor': 2.5,
+            'scoring_func': 'sigmoid',
+            'sliding_window_pattern': 'LLLG',
+            'topk_group': 1,
+            'topk_method': 'noaux_tc',
+        },
+    ),
     'gpt2': (
         'gpt2',
         {

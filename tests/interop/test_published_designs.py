@@ -87,6 +87,9 @@ def test_ratios_of_a_known_design():
     granite = ModelArchitectureConfig(like='granite', **SIZES)
     assert granite.attention_scale == pytest.approx(1 / granite.head_dim)  # as in µP
     assert ModelArchitectureConfig(like='gpt_neo', **SIZES).attention_scale == 1  # not scaled
+    minimax = ModelArchitectureConfig(like='minimax', **SIZES)
+    assert minimax.deepnorm_ffn_alpha == pytest.approx(8**0.25)  # DeepNorm of 4 layers
+    assert minimax.kinds['L'].deepnorm_mixer_alpha == pytest.approx(8**0.25)
 
 
 def test_single_options_override_a_design():
