@@ -39,6 +39,7 @@ NEUTRAL = {
     'router_groups': 1,
     'router_selection_bias': False,
     'router_selection_bias_target': 'scores',
+    'capacity_factor': None,
     'mixer_backend': 'torch',
     'embedding_multiplier': 1.0,
     'logit_multiplier': 1.0,
@@ -51,7 +52,7 @@ _MIXTURE_OPTIONS = frozenset(
         *('expert_ffn', 'num_experts', 'experts_per_token', 'shared_experts', 'expert_d_ff'),
         *('dense_layers', 'router_score', 'router_normalize', 'router_scale'),
         *('load_balance_weight', 'router_z_loss', 'shared_gate', 'expert_weights_at'),
-        *('router_bias', 'router_groups', 'router_selection_bias'),
+        *('router_bias', 'router_groups', 'router_selection_bias', 'capacity_factor'),
     }
 )
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from decimal import Decimal
 from functools import cache, partial
 from typing import ClassVar, NamedTuple
 
@@ -10,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from common.registry import AnyBut, FrozenConfig, Option, at_least, tag_of
+from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_of
 from components.base import AuxOutput, Fill, Initial, matmul_dtype
 from components.feed_forward import FeedForward
 from components.router import Router, Routing
@@ -106,13 +107,21 @@ def can_be_expert(ffn: type[FeedForward]) -> bool:
 class MixtureOfExperts(FeedForward):
     """Mixture of experts: each token uses `experts_per_token` FFNs, weighted by a router's scores.
 
-    Experts have no capacity limit, so no token is dropped. The router and both auxiliary losses are
-    computed in fp32. With `expert_weights_at='input'`, the output is the sum of expert(weight · x)
-    instead of weight · expert(x).
+    The router and both auxiliary losses are computed in fp32. With `expert_weights_at='input'`, the
+    output is the sum of expert(weight · x) instead of weight · expert(x).
+
+    With `capacity_factor`, in training an expert takes at most
+    ceil(capacity_factor · tokens · k / experts) tokens of a sequence, the first ones in the order
+    of positions. From those beyond it, it is dropped: it adds nothing to their outputs, and the
+    weights of their other experts stay as they are (Switch Transformer: Fedus et al. 2022, section
+    2.2; each sequence by itself is a group of GShard: Lepikhin et al. 2020, section 2.2). So an
+    output depends neither on later tokens nor on other sequences, nor on the number of ranks. In
+    evaluation and generation nothing is dropped. Dropped pairs of token and expert are computed,
+    and multiplied by 0, so that shapes are static.
     """
 
     tag = 'MoE'
-    metric_names = ('expert_load', 'load_balance_loss', 'router_z_loss')
+    metric_names = ('expert_load', 'dropped_share', 'load_balance_loss', 'router_z_loss')
     options: ClassVar = {
         'expert_ffn': Option(
             str,
@@ -150,6 +159,13 @@ class MixtureOfExperts(FeedForward):
             scope='pattern',
         ),
         **Router.options,
+        'capacity_factor': Option(
+            float | None,
+            None,
+            'Maximum load of an expert in a sequence, relative to an equal load: in training, it '
+            'skips the tokens beyond it (GShard, Switch Transformer); None: no maximum',
+            check=above(0),
+        ),
         'load_balance_weight': Option(
             float,
             0.01,
@@ -171,6 +187,10 @@ class MixtureOfExperts(FeedForward):
         self.experts_per_token = config.experts_per_token
         self.weighs_inputs = config.get('expert_weights_at') == 'input'
         self.balance_weight, self.z_weight = config.load_balance_weight, config.router_z_loss
+        factor = config.get('capacity_factor')
+        # As a fraction, since 1.1 · 10 is more than 11 in floating point.
+        self.capacity_ratio = Decimal(str(factor or 1)).as_integer_ratio()
+        self.has_capacity = factor is not None
         expert, width = FFN_REGISTRY[config.expert_ffn], config.expert_d_ff
         self.router = Router(config)
         self.experts = expert(config, layer, width, partial(ExpertLinear, config.num_experts))
@@ -245,14 +265,19 @@ class MixtureOfExperts(FeedForward):
         mixture = f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}'
         expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
         place = ['InputWeights'] if config.get('expert_weights_at') == 'input' else []
-        return '-'.join((mixture, *Router.tags(config), *place, expert))
+        factor = config.get('capacity_factor')
+        capacity = [] if factor is None else [f'Cap{factor:g}']
+        return '-'.join((mixture, *Router.tags(config), *place, *capacity, expert))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
         tokens = x.flatten(0, -2)  # (N, C)
         routing = self.router.route(tokens)
         # The experts of each token, and the shared experts.
         groups, order = self.group_by_expert(routing.chosen)
-        y = self.mix_experts(tokens, routing.weights, groups, order).view(x.shape)
+        if self.has_capacity and self.training:
+            kept = self.within_capacity(groups, order, x.size(-2)).view_as(routing.chosen)
+            routing = routing._replace(weights=routing.weights.where(kept, 0.0), kept=kept)
+        y = self.mix_experts(tokens, routing, groups, order).view(x.shape)
         if self.shared is not None:
             y = y + self.gate_shared(x, self.shared(x)[0])
         return y, self.aux_output(routing, groups)
@@ -268,17 +293,38 @@ class MixtureOfExperts(FeedForward):
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
         return ExpertGroups(ends, expert), order
 
+    def capacity(self, tokens: int) -> int:
+        """The most tokens that an expert takes of a sequence of so many."""
+        numerator, denominator = self.capacity_ratio
+        pairs = tokens * self.experts_per_token
+        return -(-pairs * numerator // (denominator * self.num_experts))
+
+    def within_capacity(
+        self, groups: ExpertGroups, order: torch.Tensor, seq_len: int
+    ) -> torch.Tensor:
+        """Whether each pair of token and expert (N · k,) is within the expert's capacity."""
+        pairs = len(order)
+        sequence = order // (seq_len * self.experts_per_token)
+        # Sorted, since pairs of an expert are in the order of sequences and positions.
+        group = groups.expert * pairs + sequence
+        first = torch.searchsorted(group, group)  # pair of the same expert and sequence
+        kept = torch.arange(pairs, device=order.device) - first < self.capacity(seq_len)
+        return kept.index_select(0, order.argsort())
+
     def mix_experts(
-        self, tokens: torch.Tensor, weights: torch.Tensor, groups: ExpertGroups, order: torch.Tensor
+        self, tokens: torch.Tensor, routing: Routing, groups: ExpertGroups, order: torch.Tensor
     ) -> torch.Tensor:
         """The outputs of the experts for tokens (N, C), summed with weights (N, k) of outputs or
         inputs."""
+        weights = routing.weights
         rows = tokens.to(matmul_dtype(tokens)).index_select(0, order // self.experts_per_token)
         if self.weighs_inputs:
             rows = (rows * weights.flatten().index_select(0, order)[:, None]).to(rows.dtype)
         y, _ = self.experts(rows, groups)
         y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
         if self.weighs_inputs:
+            if routing.kept is not None:  # biases give an output for the input 0
+                y = y.where(routing.kept[..., None], 0.0)
             return y.sum(dim=1)
         return (y * weights[..., None]).sum(dim=1).to(y.dtype)
 
@@ -296,13 +342,17 @@ class MixtureOfExperts(FeedForward):
         probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)
         balance = self.num_experts * (load * probability).sum()
         z = logits.logsumexp(dim=-1).square().mean()
+        metrics = {
+            'expert_load': load,
+            'load_balance_loss': balance.detach(),
+            'router_z_loss': z.detach(),
+        }
+        if self.has_capacity:
+            kept = torch.ones_like(routing.chosen) if routing.kept is None else routing.kept
+            metrics['dropped_share'] = 1 - kept.float().mean()
         return AuxOutput(
             self.balance_weight * balance + self.z_weight * z,
-            {
-                'expert_load': load,
-                'load_balance_loss': balance.detach(),
-                'router_z_loss': z.detach(),
-            },
+            metrics,
             (tokens,) if self.router.bias_step else (),
         )
 
@@ -311,18 +361,20 @@ class MixtureOfExperts(FeedForward):
 
     @classmethod
     def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Metrics of the load balance, computed per layer.
+        """Metrics of the load balance, computed per layer. All but the last count what the router
+        chose, before any pair is dropped.
 
         The busiest expert's load relative to a uniform load, as mean over the layers and in the
         worst layer; the effective number of experts (exp of the load's entropy); the number of idle
-        experts in all layers; and the mean of both losses, without their weights.
+        experts in all layers; the mean of both losses, without their weights; with a capacity, the
+        share of the pairs of token and expert that were dropped, as mean over the layers.
         """
         load = means['expert_load']  # (layers, experts), nan beyond a layer's number of experts
         exists = ~load.isnan()
         load = load.nan_to_num()
         share = load / load.sum(dim=-1, keepdim=True)
         busiest = share.amax(dim=-1) * exists.sum(dim=-1)
-        return {
+        summary = {
             'busiest_expert': busiest.mean(),
             'busiest_expert_worst_layer': busiest.max(),
             'effective_experts': torch.special.entr(share).sum(dim=-1).exp().mean(),
@@ -330,6 +382,9 @@ class MixtureOfExperts(FeedForward):
             'load_balance_loss': means['load_balance_loss'].mean(),
             'router_z_loss': means['router_z_loss'].mean(),
         }
+        if 'dropped_share' in means:  # of the layers that have a capacity
+            summary['dropped_share'] = means['dropped_share'].mean()
+        return summary
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         # The router, the shared experts and k of the other experts for every token.

@@ -40,7 +40,8 @@ def training_only_options(config: ModelArchitectureConfig) -> set[str]:
         initial.clear()  # it also affects the logits
     dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
     losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
-    return {'multiple_of', 'router_bias_update', *initial, *dropout, *losses}
+    mixtures = {'router_bias_update', 'capacity_factor'}
+    return {'multiple_of', *mixtures, *initial, *dropout, *losses}
 
 
 class ConvertedConfig(NamedTuple):

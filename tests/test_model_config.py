@@ -219,6 +219,7 @@ NUMBERS = {
     'router_scale': 2.0,
     'router_groups': 4,
     'expert_weights_at': 'input',
+    'capacity_factor': 0.5,
     'load_balance_weight': 0.5,
     'router_z_loss': 0.5,
     'layer_pattern': 'AB',

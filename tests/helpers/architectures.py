@@ -84,6 +84,7 @@ VALUES = {
     'router_groups': (1, 2),
     'router_groups_per_token': (1, 2),
     'router_bias_update': (0.0, 0.01),
+    'capacity_factor': (0.75, 4.0),
     'load_balance_weight': (0.0, 0.01),
     'router_z_loss': (0.0, 0.01),
     'mamba_expand': (1, 2),

@@ -125,6 +125,7 @@ CASES = {
         **TEN,
         **{'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 1, 'dense_layers': 1},
         **{'router_normalize': False, 'shared_experts': 1, 'log_interval': 3},
+        'capacity_factor': 1.1,
     },
     'diagnostics': {**GPT2, 'max_iters': 4, 'eval_interval': 2, 'diagnostics': True},
     # Between them, the parts that the presets above have not: windows and caps, sandwich and

@@ -1,13 +1,14 @@
 """Fields of config.json files set to other legal values, checked against transformers.
 
-    python tests/stress/field_pairs.py [--configs=10] [--pairs=100] [--seed=0] [FAMILY …]
+    python tests/stress/field_pairs.py [--configs=10] [--pairs=50] [--every=1] [--seed=0] [FAMILY …]
 
 In tiny models of every family, or of those named: every value of every field alone, then random
 pairs of the fields that are not refused alone. Further configs are drawn at random (sizes, heads,
 layers, two other fields); in each of them every field alone is set to one other value, and a tenth
-of the pairs is tried. Each change must give the same logits as transformers, be refused by name, or
-be illegal in transformers. Any other outcome is printed, and sets the exit code to 1. The result is
-a row of a table for each family.
+of the pairs is tried. With --every=4 a random config changes every fourth field, the next config
+the fields after those. Each change must give the same logits as transformers, be refused by name,
+or be illegal in transformers. Any other outcome is printed, and sets the exit code to 1. The result
+is a row of a table for each family.
 """
 
 import argparse
@@ -55,7 +56,7 @@ class FamilyTrial:
         """Tries the changes alone and random pairs of them -> those that are not refused."""
         self.configs += 1
         read = [change for change in changes if self.outcome(change, base) != 'refused']
-        for _ in range(pairs):
+        for _ in range(pairs if len(read) > 1 else 0):
             one, other = self.rng.sample(read, 2)
             self.outcome({**one, **other}, base)
         return read
@@ -75,15 +76,16 @@ class FamilyTrial:
                 return
             yield config
 
-    def run(self, configs: int, pairs: int) -> None:
+    def run(self, configs: int, pairs: int, every: int) -> None:
         read = self.change_fields(self.base, field_changes(self.family), pairs)
         drawn = self.random_configs(read)
-        for _, base in zip(range(configs), drawn, strict=False):
+        for number, base in zip(range(configs), drawn, strict=False):
             changes = field_changes(self.family, irrelevant=False, base=base)
             by_fields: dict = {}
             for change in changes:
                 by_fields.setdefault(tuple(change), []).append(change)
-            alone = [self.rng.choice(values) for values in by_fields.values()]
+            fields = list(by_fields.values())[number % every :: every]
+            alone = [self.rng.choice(values) for values in fields]
             self.change_fields(base, alone, pairs // 10)
 
     def row(self) -> str:
@@ -98,7 +100,8 @@ def table_row(*cells: object) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--configs', type=int, default=10, help='random configs of each family')
-    parser.add_argument('--pairs', type=int, default=100, help='pairs in the first config')
+    parser.add_argument('--pairs', type=int, default=50, help='pairs in the first config')
+    parser.add_argument('--every', type=int, default=1, help='distance of changed fields')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('families', nargs='*', default=list(BASES))
     arguments = parser.parse_args()
@@ -110,7 +113,7 @@ def main() -> int:
         flips = Flips(Path(folder) / 'model')
         for family in arguments.families:
             trial = FamilyTrial(family, flips, arguments.seed)
-            trial.run(arguments.configs, arguments.pairs)
+            trial.run(arguments.configs, arguments.pairs, arguments.every)
             print(trial.row(), flush=True)
             different += trial.outcomes['different']
     return bool(different)
