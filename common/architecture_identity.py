@@ -18,6 +18,7 @@ NEUTRAL = {
     'layer_pattern': None,
     'mixer': 'attention',
     'attention_gate': 'none',
+    'attention_gate_function': 'sigmoid',
     'attention_output_bias': None,
     'canon': None,
     'head_bias': False,

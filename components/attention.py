@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.old_names import renamed_attribute
 from common.registry import AnyBut, FrozenConfig, Option, above, at_least, between
@@ -23,6 +24,7 @@ from model_config import (
     ModelArchitectureConfig,
 )
 
+GATE_FUNCTIONS = {'sigmoid': torch.sigmoid, 'softplus': F.softplus}
 GATE_TAGS = {'elementwise': 'Gate', 'head': 'HeadGate'}  # of `attention_gate`
 VALUE_RESIDUAL_TAGS = {'fixed': 'VRes', 'learned': 'VResL'}
 
@@ -250,9 +252,9 @@ ATTENTION_REGISTRY.expect(
 class MultiHeadAttention(Attention):
     """Multi-head attention; with `use_gqa`, the heads share `num_kv_heads` keys and values.
 
-    With `attention_gate`, the heads' outputs are multiplied by sigmoid(x W) before the output
-    projection, where x is the attention's input (Qiu et al. 2025, section 2.2; Qwen3-Next). W is
-    the last rows of `qkv`.
+    With `attention_gate`, the heads' outputs are multiplied by sigmoid(x W), or another function,
+    before the output projection, where x is the attention's input (Qiu et al. 2025, section 2.2;
+    Qwen3-Next). W is the last rows of `qkv`.
 
     With `value_residual`, the values are λ₁ · those of the model's first layer with attention +
     λ₂ · the layer's own (Zhou et al. 2024, equation 6), which the KV cache keeps. The λ are fixed
@@ -292,8 +294,15 @@ class MultiHeadAttention(Attention):
         'attention_gate': Option(
             str,
             'none',
-            "Sigmoid gates on the heads' outputs, from the input: for each dimension or each head",
+            "Gates on the heads' outputs, from the input: for each dimension or each head",
             choices=('none', *GATE_TAGS),
+        ),
+        'attention_gate_function': Option(
+            str,
+            'sigmoid',
+            'Function of the gates; softplus as in Laguna',
+            choices=tuple(GATE_FUNCTIONS),
+            requires=('attention_gate', AnyBut('none')),
         ),
         'value_residual': Option(
             str,
@@ -320,6 +329,7 @@ class MultiHeadAttention(Attention):
         outputs = {'elementwise': config.n_head * self.v_head_dim, 'head': config.n_head}
         gates = outputs.get(config.get('attention_gate'))
         self.rows = (q_rows, k_rows, kv_heads * self.v_head_dim, *([gates] if gates else []))
+        self.gate_function = GATE_FUNCTIONS[config.get('attention_gate_function') or 'sigmoid']
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
         self.canon = canon_layer(config, 'B', sum(self.rows[:3]))
         (self.q_norm, q_dim), (self.k_norm, k_dim) = qk_norms(config, q_rows, k_rows)
@@ -363,7 +373,9 @@ class MultiHeadAttention(Attention):
         if config.get('qkv_clip') is not None:
             tags.append(f'QKVClip{config.qkv_clip:g}')
         if config.get('attention_gate') in GATE_TAGS:
-            tags.append(GATE_TAGS[config.attention_gate])
+            function = config.attention_gate_function
+            softplus = '' if function == 'sigmoid' else function.capitalize()
+            tags.append(softplus + GATE_TAGS[config.attention_gate])
         if config.get('value_residual') in VALUE_RESIDUAL_TAGS:
             weight = config.value_residual_weight
             tag = VALUE_RESIDUAL_TAGS[config.value_residual]
@@ -431,7 +443,8 @@ class MultiHeadAttention(Attention):
         if not gate:
             return self.attend_and_project(q, k, v, attn_inputs)
         y = self.attend_with_cache(q, k, v, attn_inputs)
-        factor = gate[0].sigmoid().unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or Dv)
+        factor = self.gate_function(gate[0]).to(y.dtype)
+        factor = factor.unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or Dv)
         return self.project_output(y * factor.transpose(1, 2))
 
     def norm_and_rotate(

@@ -126,7 +126,7 @@ FAMILIES = {
     'falcon_mamba': '',
     'flex_olmo': '',
     'flint': '',
-    'gpt_neox_japanese': 'a bias in the last layer alone',
+    'gpt_neox_japanese': '',
     'granite_swa': '',
     'granitemoe_swa': '',
     'hrm_text': 'looped depth',

@@ -109,12 +109,14 @@ def rope_by_layer_type_fields(
     default_theta: dict[str, float],
     local_theta: str | None = None,
     version_4: bool = True,
+    partial: bool = False,
 ) -> FieldMap:
     """Rotary positions of layers with a window and of those without, in `rope_parameters`.
 
-    read_types: returns WINDOW or FULL for each layer. default_theta: of each of them. local_theta:
-    the name in version 4 of theta in layers with a window, if it has one. version_4: whether the
-    `rope_theta` and `rope_scaling` of version 4 exist; they belong to layers without a window.
+    read_types: returns WINDOW, FULL or the name of a kind without attention for each layer.
+    default_theta: of the first two. local_theta: the name in version 4 of theta in layers with a
+    window, if it has one. version_4: whether the `rope_theta` and `rope_scaling` of version 4
+    exist; they belong to layers without a window. partial: whether a part of a head may be rotated.
     """
     outside = {WINDOW: local_theta, FULL: 'rope_theta' if version_4 else None}
     copies = () if version_4 else ('rope_theta',)
@@ -133,12 +135,14 @@ def rope_by_layer_type_fields(
             nested[FULL] = fields.subobject('rope_scaling')
             nested[FULL].values.setdefault('rope_type', 'default')
         options = {
-            kind: _read(fields, nested[kind], default_theta[kind], name, None, copies)
+            kind: _read(
+                fields, nested[kind], default_theta[kind], name, None, copies, partial=partial
+            )
             for kind, name in outside.items()
         }
         types = read_types(fields)
         return {
-            option: PerLayer(options[kind].get(option, ABSENT) for kind in types)
+            option: PerLayer(options.get(kind, {}).get(option, ABSENT) for kind in types)
             for option in {**options[WINDOW], **options[FULL]}
         }
 
@@ -146,7 +150,11 @@ def rope_by_layer_type_fields(
         written = {}
         for kind, layer in zip(layer_types(config), config.layers):
             if kind not in written and layer.get('position_encoding') == 'rope':
-                written[kind] = {'rope_theta': layer.rope_theta, **_scaling_fields(layer.to_dict())}
+                written[kind] = {
+                    'rope_theta': layer.rope_theta,
+                    **({'partial_rotary_factor': layer.rope_fraction} if partial else {}),
+                    **_scaling_fields(layer.to_dict()),
+                }
         return {'rope_parameters': written}
 
     return FieldMap(read, write)
@@ -186,8 +194,10 @@ def _read(
     fraction: str | None = None,
     copies: tuple[str, ...] = ('rope_theta',),
     default_fraction: float = 1.0,
+    partial: bool = False,
 ) -> dict:
-    # copies: other names of theta, whose values must be equal.
+    # copies: other names of theta, whose values must be equal. partial: whether a part of a head
+    # may be rotated, although its fraction has no name outside the object.
     # The base frequency, and the fraction of a head that is rotated.
     options = {
         'position_encoding': 'rope',
@@ -195,7 +205,7 @@ def _read(
     }
     key = 'partial_rotary_factor'
     rotated = _number(fields, rope_parameters, key, fraction, default_fraction, (key,))
-    if fraction:
+    if fraction or partial:
         options['rope_fraction'] = rotated
     elif rotated != 1:
         fields.problems.append(f'partial_rotary_factor={rotated} is not supported; supported: 1.0.')

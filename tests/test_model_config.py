@@ -203,6 +203,7 @@ NUMBERS = {
     'qk_norm_scope': 'projection',
     'qk_norm_position': 'after_rotation',
     'attention_gate': 'head',
+    'attention_gate_function': 'softplus',
     'value_residual': 'fixed',
     'attention_scale': 3.0,
     'attention_softcap': 0.001,

@@ -23,7 +23,7 @@ from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2,
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt2_relatives import BIOGPT, GPT_BIGCODE, MPT, OPENAI_GPT
 from interop.families.gpt_neo import GPT_NEO
-from interop.families.gpt_neox import GPT_NEOX
+from interop.families.gpt_neox import GPT_NEOX, GPT_NEOX_JAPANESE
 from interop.families.gpt_oss import GPT_OSS
 from interop.families.gptj import CODEGEN, GPTJ, PHI
 from interop.families.granite import (
@@ -36,6 +36,7 @@ from interop.families.granite import (
 from interop.families.granite_swa import GRANITE_MOE_SWA, GRANITE_SWA
 from interop.families.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
 from interop.families.kimi_linear import KIMI_LINEAR
+from interop.families.lara_mini import LARA_MINI
 from interop.families.layernorm_rope import JAIS2, NEMOTRON, PERSIMMON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
@@ -55,7 +56,7 @@ from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
 from interop.families.recurrent_gemma import RECURRENT_GEMMA
 from interop.families.sarvam import SARVAM_MLA, SARVAM_MOE
-from interop.families.windowed_mixtures import FLINT, KOLIBRI1
+from interop.families.windowed_mixtures import FLINT, KOLIBRI1, LAGUNA
 from interop.mapping import Family
 from interop.tensors import TensorMap
 
@@ -161,6 +162,9 @@ TRANSFORMERS = {
         GRANITE_MOE_SWA,
         FLINT,
         KOLIBRI1,
+        LAGUNA,
+        LARA_MINI,
+        GPT_NEOX_JAPANESE,
     )
 }
 

@@ -176,7 +176,7 @@ ERNIE4_5_MOE = Family(
 # --- Hunyuan V3 -----------------------------------------------------------------------------------
 
 
-def _first_is_dense(layers: int) -> list[str]:
+def first_is_dense(layers: int) -> list[str]:
     return [SPARSE if layer else DENSE for layer in range(layers)]
 
 
@@ -195,7 +195,7 @@ HY_V3 = Family(
         rope_fields(default_theta=11_158_840.0),
         layer_kinds_field(
             named_by_list('mlp_layer_types'),
-            named_by_default(_first_is_dense),
+            named_by_default(first_is_dense),
             kinds={
                 DENSE: LayerKind(
                     {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 13312),)

@@ -33,7 +33,7 @@ from model_config import ModelArchitectureConfig
 _OURS, _THEIRS = 'blocks.{layer}.mixers.gated_deltanet.', LAYER + 'linear_attn.'
 
 
-def _projection_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
+def projection_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
     """Of queries, keys, values, β, decays and gates."""
     keys = config.gdn_heads * config.gdn_head_dim
     values = config.gdn_value_heads * config.gdn_v_head_dim
@@ -44,7 +44,7 @@ def _projection_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
 
 
 def _fused_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    queries, keys, values, *rest = _projection_rows(config)
+    queries, keys, values, *rest = projection_rows(config)
     return queries + keys + values, *rest
 
 
@@ -229,11 +229,11 @@ OLMO_HYBRID = Family(
     | with_biases(ATTENTION)
     | {
         _OURS + 'input.weight': TensorMap(
-            tuple(f'{_THEIRS}{name}_proj.weight' for name in 'qkvbag'), rows=_projection_rows
+            tuple(f'{_THEIRS}{name}_proj.weight' for name in 'qkvbag'), rows=projection_rows
         ),
         _OURS + 'convolution.weight': TensorMap(
             tuple(f'{_THEIRS}{name}_conv1d.weight' for name in 'qkv'),
-            rows=lambda config: _projection_rows(config)[:3],
+            rows=lambda config: projection_rows(config)[:3],
             layout=CONVOLUTION,
             any_split=True,  # transformers saves three parts of equal length
         ),

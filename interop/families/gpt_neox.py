@@ -1,14 +1,21 @@
-"""GPT-NeoX, the architecture of Pythia."""
+"""GPT-NeoX, the architecture of Pythia, and GPT-NeoX-Japanese."""
+
+from dataclasses import replace
 
 import torch
 
+from interop.fields import Fields
+from interop.layers import PerLayer
 from interop.mapping import (
     ACTIVATIONS,
+    MAX_LAYERS,
     Family,
+    FieldMap,
     constant_option,
     export_only,
     field,
     head_size_field,
+    size_fields,
 )
 from interop.rope import rope_fields
 from interop.tensors import resize_vocabulary, tensor, with_biases
@@ -28,12 +35,8 @@ GPT_NEOX = Family(
     architecture='GPTNeoXForCausalLM',
     prefix='gpt_neox.',
     field_maps=(
-        field('n_layer', 'num_hidden_layers'),
-        field('n_head', 'num_attention_heads'),
-        field('n_embd', 'hidden_size'),
+        *size_fields(block_size=2048),
         field('d_ff', 'intermediate_size'),
-        field('block_size', 'max_position_embeddings', 2048),
-        field('vocab_size', 'vocab_size'),
         field('norm_eps', 'layer_norm_eps', 1e-5),
         field('activation', 'hidden_act', 'gelu', ACTIVATIONS),
         field('attention_bias', 'attention_bias', True),
@@ -69,4 +72,53 @@ GPT_NEOX = Family(
         ),
     },
     ignored_tensors=r'\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$',
+)
+
+# --- GPT-NeoX-Japanese ----------------------------------------------------------------------------
+
+
+def _read_width(fields: Fields) -> dict:
+    multiple = fields.take('intermediate_multiple_size', int, 4)
+    return {'d_ff': fields.take('hidden_size', int, 0) * multiple}
+
+
+def _write_width(config: ModelArchitectureConfig) -> dict:
+    return {'intermediate_multiple_size': (config.layers[0].get('d_ff') or 0) // config.n_embd}
+
+
+def _read_output_biases(fields: Fields) -> dict:
+    """The last layer's attention alone has a bias, of its output."""
+    layers = min(fields.take('num_hidden_layers', int, 0), MAX_LAYERS)
+    return {'attention_output_bias': PerLayer(layer == layers - 1 for layer in range(layers))}
+
+
+_JAPANESE = 'gpt_neox_japanese.'
+GPT_NEOX_JAPANESE = Family(
+    name='gpt_neox_japanese',
+    architecture='GPTNeoXJapaneseForCausalLM',
+    prefix=_JAPANESE,
+    field_maps=(
+        *size_fields(block_size=2048),
+        FieldMap(_read_width, _write_width),
+        field('norm_eps', 'layer_norm_eps', 1e-5),
+        field('activation', 'hidden_act', 'gelu', ACTIVATIONS),
+        field('weight_tying', 'tie_word_embeddings', True),
+        constant_option(normalization='layernorm', ffn_bias=False, bias=False),
+        constant_option(attention_bias=False),
+        FieldMap(_read_output_biases, lambda config: {}),
+        head_size_field(),
+        rope_fields(theta='rotary_emb_base', fraction='rotary_pct', default_fraction=1.0),
+        export_only(attention_dropout='attention_dropout', hidden_dropout='residual_dropout'),
+    ),
+    weights={
+        ours: replace(
+            own, templates=tuple(name.replace('gpt_neox.', _JAPANESE) for name in own.templates)
+        )
+        for ours, own in GPT_NEOX.weights.items()
+    }
+    | {
+        'blocks.{layer}.attention.output.bias': tensor(
+            _JAPANESE + 'layers.{layer}.attention.dense_bias'
+        )
+    },
 )

@@ -39,24 +39,29 @@ from model_config import ModelArchitectureConfig
 # --- Kinds of mixers ------------------------------------------------------------------------------
 
 
+def delta_net_kind(key_heads: int, value_heads: int) -> LayerKind:
+    """Layers with Gated DeltaNet, by the numbers of heads if the fields are missing."""
+    return LayerKind(
+        {'mixer': 'gated_deltanet'},
+        (
+            field('gdn_heads', 'linear_num_key_heads', key_heads),
+            field('gdn_value_heads', 'linear_num_value_heads', value_heads),
+            field('gdn_head_dim', 'linear_key_head_dim', 128),
+            field('gdn_v_head_dim', 'linear_value_head_dim', 128),
+            field('gdn_conv_size', 'linear_conv_kernel_dim', 4),
+            field('gdn_norm_eps', 'rms_norm_eps', 1e-6),
+            constant_option(gdn_negative_eigenvalues=False, gdn_gate=True),
+        ),
+    )
+
+
 def qwen_mixers(kv_heads: int, rope: FieldMap) -> FieldMap:
     """Gated DeltaNet and gated attention. kv_heads: the default of that field."""
     return layer_kinds_field(
         named_by_list('layer_types'),
         named_by_position('full_attention_interval', 4, FULL, LINEAR),
         kinds={
-            LINEAR: LayerKind(
-                {'mixer': 'gated_deltanet'},
-                (
-                    field('gdn_heads', 'linear_num_key_heads', 16),
-                    field('gdn_value_heads', 'linear_num_value_heads', 32),
-                    field('gdn_head_dim', 'linear_key_head_dim', 128),
-                    field('gdn_v_head_dim', 'linear_value_head_dim', 128),
-                    field('gdn_conv_size', 'linear_conv_kernel_dim', 4),
-                    field('gdn_norm_eps', 'rms_norm_eps', 1e-6),
-                    constant_option(gdn_negative_eigenvalues=False, gdn_gate=True),
-                ),
-            ),
+            LINEAR: delta_net_kind(16, 32),
             FULL: LayerKind(
                 {'mixer': 'attention'},
                 (

@@ -1,5 +1,8 @@
-"""Mixtures of experts with windows: Flint, Kolibri."""
+"""Mixtures of experts with windows: Flint, Kolibri, Laguna."""
 
+from functools import partial
+
+from interop.families.biased_mixtures import first_is_dense
 from interop.families.deepseek import SHARED_EXPERTS
 from interop.families.llama import (
     ATTENTION,
@@ -10,13 +13,19 @@ from interop.families.llama import (
     PRE_NORMS,
     QK_NORMS,
     llama_fields,
+    projections,
+    query_key_value_rows,
 )
 from interop.families.qwen3_next import DENSE, SHARED_EXPERT, SPARSE, sparse_steps
 from interop.fields import Fields
-from interop.layer_kinds import LayerKind, layer_kinds_field
+from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_default, named_by_list
+from interop.layers import ABSENT, PerLayer, num_kv_heads_of
 from interop.mapping import (
+    FULL,
+    MAX_LAYERS,
     WINDOW,
     Family,
+    FieldMap,
     constant_option,
     field,
     kv_heads_field,
@@ -25,9 +34,10 @@ from interop.mapping import (
     shared_experts_field,
     windows_field,
 )
-from interop.rope import rope_fields, rope_in_some_layers
+from interop.rope import rope_by_layer_type_fields, rope_fields, rope_in_some_layers
 from interop.routing import selection_bias
-from interop.tensors import tensor, with_biases
+from interop.tensors import TensorMap, tensor, with_biases
+from model_config import ModelArchitectureConfig
 
 # --- Flint ----------------------------------------------------------------------------------------
 
@@ -133,5 +143,122 @@ KOLIBRI1 = Family(
     | {
         'blocks.{layer}.attention_output_norm.weight': tensor(LAYER + 'post_attn_norm.weight'),
         'blocks.{layer}.ffn_output_norm.weight': tensor(LAYER + 'post_ffn_norm.weight'),
+    },
+)
+
+# --- Laguna ---------------------------------------------------------------------------------------
+
+_LAGUNA_ROPE = {
+    FULL: {'rope_type': 'default', 'rope_theta': 5e5, 'partial_rotary_factor': 0.5},
+    WINDOW: {'rope_type': 'default', 'rope_theta': 1e4},
+}
+_rope = rope_by_layer_type_fields(
+    partial(read_layer_types, has_window=lambda layer, fields: False),
+    default_theta={WINDOW: 1e4, FULL: 1e4},
+    version_4=False,
+    partial=True,
+)
+
+
+def _read_laguna_rope(fields: Fields) -> dict:
+    if fields.value('rope_parameters') is None:
+        fields.values['rope_parameters'] = _LAGUNA_ROPE
+    return _rope.read(fields)
+
+
+def _read_heads(fields: Fields) -> dict:
+    """Layers may have different numbers of heads, for the same number of keys and values."""
+    layers, heads = (
+        fields.take('num_hidden_layers', int, 0),
+        fields.take('num_attention_heads', int),
+    )
+    shared = fields.take('num_key_value_heads', int, 8)
+    each = fields.take('num_attention_heads_per_layer', list[int], optional=True)
+    if each is None:
+        each = [heads] * min(layers, MAX_LAYERS)
+    elif len(each) != layers:
+        fields.refuse(
+            'num_attention_heads_per_layer', f'has {len(each)} entries for {layers} layers'
+        )
+    return {
+        'n_head': PerLayer(each),
+        'use_gqa': PerLayer(number != shared for number in each),
+        'num_kv_heads': PerLayer(ABSENT if number == shared else shared for number in each),
+    }
+
+
+def _write_heads(config: ModelArchitectureConfig) -> dict:
+    heads = [layer.n_head for layer in config.layers]
+    return {
+        'num_attention_heads': heads[0],
+        'num_attention_heads_per_layer': heads,
+        'num_key_value_heads': num_kv_heads_of(config.layers[0]),
+    }
+
+
+def _rows_with_gates(config: ModelArchitectureConfig) -> tuple[int, ...]:
+    rows = query_key_value_rows(config)
+    return (*rows, config.n_head if config.attention_gate == 'head' else rows[0])
+
+
+LAGUNA = Family(
+    name='laguna',
+    architecture='LagunaForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=131_072),
+        field('head_dim', 'head_dim', 128),
+        field('weight_tying', 'tie_word_embeddings', False),
+        field(
+            *('attention_gate', 'gating', True),
+            {True: 'head', 'per-head': 'head', 'per-element': 'elementwise'},
+        ),
+        constant_option(attention_gate_function='softplus', ffn_bias=False),
+        constant_option(qk_norm='rmsnorm', qk_norm_scope='head', attention_bias=False),
+        # With biases, the gates have none.
+        required_field(hidden_act='silu', attention_bias=False),
+        FieldMap(_read_heads, _write_heads),
+        windows_field(512, lambda layer, fields: False),
+        FieldMap(_read_laguna_rope, _rope.write),
+        layer_kinds_field(
+            named_by_list('mlp_layer_types'),
+            named_by_default(first_is_dense),
+            kinds={
+                DENSE: LayerKind(
+                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 8192),)
+                ),
+                SPARSE: LayerKind(
+                    {'ffn_type': 'moe'},
+                    (
+                        field('num_experts', 'num_experts', 256),
+                        field('experts_per_token', 'num_experts_per_tok', 8),
+                        field('expert_d_ff', 'moe_intermediate_size', 512),
+                        field('router_scale', 'moe_routed_scaling_factor', 1.0),
+                        shared_experts_field('shared_expert_intermediate_size', 512),
+                        constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+                        constant_option(router_normalize=True, router_selection_bias=True),
+                        constant_option(router_groups=1),
+                        required_field(
+                            moe_router_logit_softcapping=0.0,
+                            moe_apply_router_weight_on_input=False,
+                        ),
+                    ),
+                ),
+            },
+        ),
+    ),
+    aliases={'num_local_experts': 'num_experts'},
+    weights=EMBEDDING_AND_HEAD
+    | PRE_NORMS
+    | QK_NORMS
+    | GATED_FFN
+    | EXPERTS
+    | SHARED_EXPERT
+    | selection_bias(LAYER + 'mlp.experts.e_score_correction_bias')
+    | {
+        'blocks.{layer}.attention.qkv.weight': TensorMap(
+            projections('self_attn', 'q', 'k', 'v', 'g'), rows=_rows_with_gates
+        ),
+        'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
     },
 )

@@ -1,4 +1,4 @@
-"""components/attention.py: the sigmoid gate on the heads' outputs."""
+"""components/attention.py: the gate on the heads' outputs."""
 
 import pytest
 import torch
@@ -20,10 +20,18 @@ def gated(kind, **values):
     return tiny(attention_gate=kind, **options)
 
 
+FUNCTIONS = {
+    'sigmoid': lambda gate: 1 / (1 + torch.exp(-gate)),
+    'softplus': lambda gate: torch.log(1 + torch.exp(gate)),
+}
+
+
+@pytest.mark.parametrize('function', FUNCTIONS)
 @pytest.mark.parametrize('kind', GATES)
-def test_gate_equals_formula(kind):
+def test_gate_equals_formula(kind, function):
     """Values and gradients, against softmax attention and a gate written out here."""
-    model = perturbed_model(gated(kind, position_encoding='none')).double()
+    options = {'position_encoding': 'none', 'attention_gate_function': function}
+    model = perturbed_model(gated(kind, **options)).double()
     attention = model.blocks[0].attention
     x = torch.randn(2, 6, 16, dtype=torch.double, requires_grad=True)
 
@@ -35,7 +43,7 @@ def test_gate_equals_formula(kind):
         scores = torch.einsum('bthd,bshd->bhts', q, k) / 2
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
         y = torch.einsum('bhts,bshd->bthd', scores.softmax(-1), v)
-        y = y * (1 / (1 + torch.exp(-gate))).view(2, 6, 4, -1)
+        y = y * FUNCTIONS[function](gate).view(2, 6, 4, -1)
         return y.flatten(2) @ attention.output.weight.T + attention.output.bias
 
     inputs = [x, *attention.parameters()]
@@ -109,6 +117,11 @@ def test_without_gate_nothing_changes():
     """Its default is not in the hash, and the gate leaves all other initial weights as they are."""
     plain, own = tiny(), tiny(attention_gate='none')
     assert plain.hash == own.hash and plain.name == own.name
+    sigmoid, softplus = (
+        tiny(attention_gate='head', attention_gate_function=name) for name in FUNCTIONS
+    )
+    assert sigmoid.hash == tiny(attention_gate='head').hash != softplus.hash
+    assert softplus.name == sigmoid.name.replace('HeadGate', 'SoftplusHeadGate')
     without = dict(build_model(plain, 'cpu', seed=3).named_parameters())
     with_gate = dict(build_model(tiny(attention_gate='head'), 'cpu', seed=3).named_parameters())
     assert without.keys() == with_gate.keys()

@@ -339,4 +339,25 @@ BASES = {
         **_EXPERTS,
         'shared_expert_intermediate_size': 32,
     },
+    'laguna': {
+        **_GROUPED,
+        **_MIXED_WINDOWS,
+        **_EXPERTS,
+        'num_attention_heads_per_layer': [4, 2],
+        'shared_expert_intermediate_size': 32,
+    },
+    'lara_mini': {
+        **{key: value for key, value in _GROUPED.items() if key != 'intermediate_size'},
+        **_DELTA_NET,
+        **_EXPERTS,
+        'linear_num_key_heads': 2,
+        'num_hidden_layers': 3,
+        'layer_types': ['linear_attention', 'sliding_attention', 'full_attention'],
+        'sliding_window': 5,
+        'shared_expert_intermediate_size': 32,
+    },
+    'gpt_neox_japanese': {
+        **{key: value for key, value in SIZES.items() if key != 'intermediate_size'},
+        **{'intermediate_multiple_size': 2, 'rotary_pct': 0.5, 'rotary_emb_base': 50.0},
+    },
 }

@@ -1,4 +1,4 @@
-"""Mixtures of experts with weights under other names: parity with transformers, refused fields."""
+"""Relatives of other families, most with mixtures of experts: parity, refused fields."""
 
 import pytest
 from helpers import transformers_models as reference
@@ -74,6 +74,44 @@ CASES = {
     'kolibri1-defaults': (
         changed('kolibri1', layer_types=None, num_hidden_layers=5, norm_topk_prob=True),
         'LLLLG',
+    ),
+    'laguna': (changed('laguna'), 'LG'),
+    'laguna-defaults': (
+        changed(
+            'laguna',
+            **{'layer_types': None, 'num_attention_heads_per_layer': None, 'num_hidden_layers': 3},
+            **{'gating': 'per-element', 'moe_routed_scaling_factor': 2.5},
+        ),
+        'ABB',
+    ),
+    'laguna-equal-heads': (
+        changed(
+            'laguna',
+            num_attention_heads_per_layer=[2, 2],
+            rope_parameters={
+                'full_attention': {**YARN, 'partial_rotary_factor': 0.5},
+                'sliding_attention': {'rope_type': 'default', 'rope_theta': 50.0},
+            },
+        ),
+        'LG',
+    ),
+    'lara_mini': (changed('lara_mini'), 'ABC'),
+    'lara_mini-defaults': (
+        changed(
+            'lara_mini',
+            **{'layer_types': None, 'num_hidden_layers': 5, 'norm_topk_prob': False},
+            **{'attention_bias': True, 'tie_word_embeddings': False},
+        ),
+        'ABACB',
+    ),
+    'gpt_neox_japanese': (changed('gpt_neox_japanese'), 'AB'),
+    'gpt_neox_japanese-untied': (
+        changed(
+            'gpt_neox_japanese',
+            **{'num_hidden_layers': 3, 'hidden_act': 'relu', 'tie_word_embeddings': False},
+            **{'rotary_pct': 1.0, 'rotary_emb_base': 9.0, 'intermediate_multiple_size': 3},
+        ),
+        'AAB',
     ),
 }
 
