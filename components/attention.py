@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from common.old_names import renamed_attribute
 from common.registry import AnyBut, FrozenConfig, Option, above, at_least, between
@@ -15,6 +14,7 @@ from components.base import Component, Fill, Initial
 from components.canon import canon_layer
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
+from components.output_gate import OUTPUT_GATE_OPTIONS, gate_function, output_gate_tag
 from components.qk_norm import QK_NORM_OPTIONS, qk_norm_problems, qk_norm_tag, qk_norms
 from components.query_scale import QUERY_SCALE_OPTIONS, query_scale, query_scale_tag
 from model_config import (
@@ -24,8 +24,6 @@ from model_config import (
     ModelArchitectureConfig,
 )
 
-GATE_FUNCTIONS = {'sigmoid': torch.sigmoid, 'softplus': F.softplus}
-GATE_TAGS = {'elementwise': 'Gate', 'head': 'HeadGate'}  # of `attention_gate`
 VALUE_RESIDUAL_TAGS = {'fixed': 'VRes', 'learned': 'VResL'}
 
 
@@ -291,19 +289,7 @@ class MultiHeadAttention(Attention):
         ),
         **QK_NORM_OPTIONS,
         **QUERY_SCALE_OPTIONS,
-        'attention_gate': Option(
-            str,
-            'none',
-            "Gates on the heads' outputs, from the input: for each dimension or each head",
-            choices=('none', *GATE_TAGS),
-        ),
-        'attention_gate_function': Option(
-            str,
-            'sigmoid',
-            'Function of the gates; softplus as in Laguna',
-            choices=tuple(GATE_FUNCTIONS),
-            requires=('attention_gate', AnyBut('none')),
-        ),
+        **OUTPUT_GATE_OPTIONS,
         'value_residual': Option(
             str,
             'none',
@@ -329,7 +315,7 @@ class MultiHeadAttention(Attention):
         outputs = {'elementwise': config.n_head * self.v_head_dim, 'head': config.n_head}
         gates = outputs.get(config.get('attention_gate'))
         self.rows = (q_rows, k_rows, kv_heads * self.v_head_dim, *([gates] if gates else []))
-        self.gate_function = GATE_FUNCTIONS[config.get('attention_gate_function') or 'sigmoid']
+        self.gate_function = gate_function(config)
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
         self.canon = canon_layer(config, 'B', sum(self.rows[:3]))
         (self.q_norm, q_dim), (self.k_norm, k_dim) = qk_norms(config, q_rows, k_rows)
@@ -372,10 +358,7 @@ class MultiHeadAttention(Attention):
         tags += filter(None, (qk_norm_tag(config), query_scale_tag(config)))
         if config.get('qkv_clip') is not None:
             tags.append(f'QKVClip{config.qkv_clip:g}')
-        if config.get('attention_gate') in GATE_TAGS:
-            function = config.attention_gate_function
-            softplus = '' if function == 'sigmoid' else function.capitalize()
-            tags.append(softplus + GATE_TAGS[config.attention_gate])
+        tags += filter(None, (output_gate_tag(config),))
         if config.get('value_residual') in VALUE_RESIDUAL_TAGS:
             weight = config.value_residual_weight
             tag = VALUE_RESIDUAL_TAGS[config.value_residual]

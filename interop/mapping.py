@@ -166,6 +166,8 @@ def shared_experts_field(
 
     def write(config: ModelArchitectureConfig) -> dict:
         options = options_with(config, 'shared_experts')
+        if 'shared_experts' not in options:
+            return {}
         return {name: options['shared_experts'] * options['expert_d_ff']}
 
     return FieldMap(read, write)
