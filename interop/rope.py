@@ -110,6 +110,7 @@ def rope_by_layer_type_fields(
     local_theta: str | None = None,
     version_4: bool = True,
     partial: bool = False,
+    default_fraction: float = 1.0,
 ) -> FieldMap:
     """Rotary positions of layers with a window and of those without, in `rope_parameters`.
 
@@ -117,6 +118,7 @@ def rope_by_layer_type_fields(
     default_theta: of the first two. local_theta: the name in version 4 of theta in layers with a
     window, if it has one. version_4: whether the `rope_theta` and `rope_scaling` of version 4
     exist; they belong to layers without a window. partial: whether a part of a head may be rotated.
+    default_fraction: that part if it is missing and nothing is scaled.
     """
     outside = {WINDOW: local_theta, FULL: 'rope_theta' if version_4 else None}
     copies = () if version_4 else ('rope_theta',)
@@ -134,6 +136,11 @@ def rope_by_layer_type_fields(
         if fields.value('rope_scaling'):
             nested[FULL] = fields.subobject('rope_scaling')
             nested[FULL].values.setdefault('rope_type', 'default')
+        if partial:
+            for each in nested.values():
+                scaling = each.values.get('rope_type', each.values.get('type', 'default'))
+                fraction = default_fraction if scaling == 'default' else 1.0
+                each.values.setdefault('partial_rotary_factor', fraction)
         options = {
             kind: _read(
                 fields, nested[kind], default_theta[kind], name, None, copies, partial=partial

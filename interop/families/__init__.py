@@ -45,6 +45,7 @@ from interop.families.llama_aliases import EXAONE, INTERNLM3, IQUESTCODER
 from interop.families.llama_relatives import ARCEE, CWM, ERNIE4_5, HELIUM, MINISTRAL
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
 from interop.families.mamba2 import BAMBA, MAMBA2
+from interop.families.mimo import MIMO_V2_FLASH
 from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.mixtures import FLEX_OLMO, OLMOE, QWEN3_MOE
@@ -158,6 +159,7 @@ TRANSFORMERS = {
         SARVAM_MOE,
         SARVAM_MLA,
         LLAMA4,
+        MIMO_V2_FLASH,
         GRANITE_SWA,
         GRANITE_MOE_SWA,
         FLINT,

@@ -23,7 +23,8 @@ from model_config import ModelArchitectureConfig
 
 def query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
     shared = num_kv_heads_of(config)
-    return tuple(heads * config.head_dim for heads in (config.n_head, shared, shared))
+    values = shared * config.value_head_dim
+    return config.n_head * config.head_dim, shared * config.head_dim, values
 
 
 LAYER = 'model.layers.{layer}.'

@@ -96,6 +96,16 @@ BASES = {
         'intermediate_size': 16,
         'intermediate_size_mlp': 48,
     },
+    'mimo_v2_flash': {
+        **_GROUPED,
+        'num_key_value_heads': 1,
+        'v_head_dim': 8,
+        'sliding_window': 5,
+        'layer_types': ['full_attention', 'sliding_attention'],
+        'n_routed_experts': 4,
+        'num_experts_per_tok': 2,
+        'moe_intermediate_size': 16,
+    },
     'qwen2_moe': {
         **_GROUPED,
         'mlp_only_layers': [0],
