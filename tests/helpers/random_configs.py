@@ -2,6 +2,7 @@
 
 import random
 
+from helpers.field_changes import LEFT_OUT
 from helpers.foreign_configs import BASES
 
 _LAYERS = ('num_hidden_layers', 'n_layer', 'num_layers', 'n_layers')
@@ -53,6 +54,7 @@ def random_config(family: str, rng: random.Random, changes: list[dict]) -> dict:
             shared = base[kv_heads] != base[heads_name]
             drawn[kv_heads] = rng.choice(_divisors(heads)) if shared else heads
     extra: dict = {}
-    for change in rng.sample(changes, min(len(changes), rng.randint(0, 2))):
+    complete = [change for change in changes if LEFT_OUT not in change.values()]
+    for change in rng.sample(complete, min(len(complete), rng.randint(0, 2))):
         extra |= change
     return {**base, **drawn, **extra}

@@ -517,8 +517,9 @@ def test_moe_under_strategies(left, strategy, how):
     readings = [[entry['readings'] for entry in each] for each in entries]
     assert [entry['iter'] for entry in entries[0]] == [0, 3, 6, 9]
     for mine, theirs in zip(*readings, strict=True):
-        assert len(theirs) == 6 and mine == pytest.approx(theirs, rel=1e-5)
+        assert len(theirs) == 7 and mine == pytest.approx(theirs, rel=1e-5)
     assert any(reading['busiest_expert'] > 1 for reading in readings[1])
+    assert any(reading['dropped_share'] > 0 for reading in readings[1])
 
 
 @pytest.mark.parametrize('strategy', [*STRATEGIES, *VARIANTS])

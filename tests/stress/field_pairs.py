@@ -1,14 +1,15 @@
 """Fields of config.json files set to other legal values, checked against transformers.
 
-    python tests/stress/field_pairs.py [--configs=10] [--pairs=50] [--every=1] [--seed=0] [FAMILY …]
+    python tests/stress/field_pairs.py [--configs=10] [--pairs=50] [--every=1] [--values=N] [FAMILY]
 
 In tiny models of every family, or of those named: every value of every field alone, then random
 pairs of the fields that are not refused alone. Further configs are drawn at random (sizes, heads,
 layers, two other fields); in each of them every field alone is set to one other value, and a tenth
 of the pairs is tried. With --every=4 a random config changes every fourth field, the next config
-the fields after those. Each change must give the same logits as transformers, be refused by name,
-or be illegal in transformers. Any other outcome is printed, and sets the exit code to 1. The result
-is a row of a table for each family.
+the fields after those. With --values=1 the first config has one value of each field that affects
+logits. Each change must give the same logits as transformers, be refused by name, or be illegal in
+transformers. Any other outcome is printed, and sets the exit code to 1. The result is a row of a
+table for each family.
 """
 
 import argparse
@@ -76,8 +77,9 @@ class FamilyTrial:
                 return
             yield config
 
-    def run(self, configs: int, pairs: int, every: int) -> None:
-        read = self.change_fields(self.base, field_changes(self.family), pairs)
+    def run(self, configs: int, pairs: int, every: int, values: int | None) -> None:
+        first = field_changes(self.family, values, irrelevant=values is None)
+        read = self.change_fields(self.base, first, pairs)
         drawn = self.random_configs(read)
         for number, base in zip(range(configs), drawn, strict=False):
             changes = field_changes(self.family, irrelevant=False, base=base)
@@ -85,7 +87,7 @@ class FamilyTrial:
             for change in changes:
                 by_fields.setdefault(tuple(change), []).append(change)
             fields = list(by_fields.values())[number % every :: every]
-            alone = [self.rng.choice(values) for values in fields]
+            alone = [self.rng.choice(same) for same in fields]
             self.change_fields(base, alone, pairs // 10)
 
     def row(self) -> str:
@@ -102,6 +104,7 @@ def main() -> int:
     parser.add_argument('--configs', type=int, default=10, help='random configs of each family')
     parser.add_argument('--pairs', type=int, default=50, help='pairs in the first config')
     parser.add_argument('--every', type=int, default=1, help='distance of changed fields')
+    parser.add_argument('--values', type=int, help='values of each field in the first config')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('families', nargs='*', default=list(BASES))
     arguments = parser.parse_args()
@@ -113,7 +116,7 @@ def main() -> int:
         flips = Flips(Path(folder) / 'model')
         for family in arguments.families:
             trial = FamilyTrial(family, flips, arguments.seed)
-            trial.run(arguments.configs, arguments.pairs, arguments.every)
+            trial.run(arguments.configs, arguments.pairs, arguments.every, arguments.values)
             print(trial.row(), flush=True)
             different += trial.outcomes['different']
     return bool(different)
