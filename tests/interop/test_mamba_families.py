@@ -6,6 +6,7 @@ from helpers.architectures import tiny
 
 import interop
 from common.errors import UserError
+from common.published_designs import PUBLISHED_DESIGNS
 from interop.families import TRANSFORMERS
 from model_builder import build_model, count_parameters
 from model_config import ModelArchitectureConfig
@@ -82,46 +83,6 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
     reference.assert_parity(*CASES[name], tmp_path, new_tokens=20 if 'mamba' in name else 11)
 
 
-# Sizes of published models, from their config.json, and their numbers of parameters.
-_MAMBA = {'model_type': 'mamba', 'vocab_size': 50280}
-PUBLISHED = {
-    'mamba-130m': ({**_MAMBA, 'hidden_size': 768, 'num_hidden_layers': 24}, 129_135_360),
-    'mamba-370m': ({**_MAMBA, 'hidden_size': 1024, 'num_hidden_layers': 48}, 371_516_416),
-    'mamba-2.8b': ({**_MAMBA, 'hidden_size': 2560, 'num_hidden_layers': 64}, 2_768_345_600),
-    'falcon-mamba-7b': (
-        {
-            'model_type': 'falcon_mamba',
-            'hidden_size': 4096,
-            'expand': 16,
-            'intermediate_size': 8192,
-            'num_hidden_layers': 64,
-            'vocab_size': 65024,
-            'tie_word_embeddings': False,
-        },
-        7_272_665_088,
-    ),
-    'Jamba-v0.1': (
-        {
-            'model_type': 'jamba',
-            'hidden_size': 4096,
-            'num_hidden_layers': 32,
-            'num_attention_heads': 32,
-            'vocab_size': 65536,
-        },
-        51_570_323_328,
-    ),
-}
-
-
-@pytest.mark.parametrize('name', PUBLISHED)
-def test_published_models_have_their_numbers_of_parameters(name):
-    fields, expected = PUBLISHED[name]
-    counts = count_parameters(build_model(reference.architecture(fields)))
-    assert counts['total_params'] == expected
-    if name == 'Jamba-v0.1':  # "12B active parameters" (Lieber et al. 2024)
-        assert round(counts['active_params'] / 1e9) == 12
-
-
 def test_recurrentgemma_2b_is_refused_for_its_width_alone():
     """transformers rounds √2560 = 50.6 to 50.5; the number of parameters is the published one."""
     problems: list[str] = []
@@ -135,7 +96,7 @@ def test_recurrentgemma_2b_is_refused_for_its_width_alone():
 
 def test_layers_of_jamba():
     """Attention in one layer of eight, experts in every second (Lieber et al. 2024, figure 2)."""
-    config = reference.architecture(PUBLISHED['Jamba-v0.1'][0])
+    config = reference.architecture({'model_type': 'jamba', **PUBLISHED_DESIGNS['jamba'].config})
     layers = config.layers
     assert [n for n, layer in enumerate(layers) if layer.mixer == 'attention'] == [4, 12, 20, 28]
     assert [n for n, layer in enumerate(layers) if layer.ffn_type == 'moe'] == list(range(1, 32, 2))
