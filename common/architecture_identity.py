@@ -26,6 +26,7 @@ NEUTRAL = {
     'qkv_clip': None,
     'query_scale_growth': None,
     'alibi_scaled': False,
+    'sinusoid_layout': 'interleaved',
     'qk_norm_position': 'before_rotation',
     'shared_gate': False,
     'latent_norm_eps': None,

@@ -197,6 +197,21 @@ class SandwichNormBlock(Block):
         return self.add(x, self.ffn_output_norm(y), 'ffn'), aux
 
 
+@NORM_POSITION_REGISTRY.register('ffn_sandwich', source='SK Telecom 2026 (A.X K1)')
+class FFNSandwichNormBlock(PreNormBlock):
+    """x + mixers(norm(x)), then x + norm(FFN(norm(x)))."""
+
+    tag = 'FFNSandwichNorm'
+
+    @classmethod
+    def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
+        return 'attention_norm', 'ffn_norm', 'ffn_output_norm'
+
+    def feed(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> tuple[torch.Tensor, AuxOutput]:
+        y, aux = super().feed(x, attn_inputs)
+        return self.ffn_output_norm(y), aux
+
+
 @NORM_POSITION_REGISTRY.register('reordered', source='Liu et al. 2022; OLMo 2: OLMo et al. 2024')
 class ReorderedNormBlock(Block):
     """x + norm(sublayer(x))."""

@@ -107,27 +107,59 @@ class LearnedAbsolute(PositionEncoding):
         return x + self.table(positions)
 
 
+SINUSOID_TAGS = {'interleaved': '', 'halves': 'Halves', 'fairseq': 'Fairseq'}
+
+
 @POSITION_ENCODING_REGISTRY.register('sinusoidal', source='Vaswani et al. 2017, section 3.5')
 class Sinusoidal(PositionEncoding):
     """Adds sin(t · 10000^(-2i/C)) to dimension 2i and the cosine to dimension 2i + 1.
 
-    Vaswani et al. multiply the token embeddings by √C first (`scale_embeddings`).
+    With another `sinusoid_layout`, all sines come before all cosines. Vaswani et al. multiply the
+    token embeddings by √C first (`scale_embeddings`).
     """
 
     tag = 'SinPos'
+    options: ClassVar = {
+        'sinusoid_layout': Option(
+            str,
+            'interleaved',
+            'Sines and cosines in turns, or in halves (CTRL); fairseq: in halves, frequencies '
+            '10000^(-i / (C/2 - 1)), and positions from 2 (XGLM)',
+            choices=tuple(SINUSOID_TAGS),
+        )
+    }
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__(config)
+        self.layout = config.get('sinusoid_layout') or 'interleaved'
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        return cls.tag + SINUSOID_TAGS[config.get('sinusoid_layout') or 'interleaved']
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        if config.n_embd % 2 == 0:
+        fairseq = config.sinusoid_layout == 'fairseq'
+        if config.n_embd % 2 == 0 and not (fairseq and config.n_embd < 4):
             return []
         return [
             f"position_encoding='sinusoidal' needs pairs of dimensions, but n_embd={config.n_embd} "
-            f'is odd. Choose an even n_embd.'
+            f'{"has only one" if fairseq and config.n_embd < 4 else "is odd"}. Choose '
+            f'{"a larger" if fairseq and config.n_embd < 4 else "an"} even n_embd.'
         ]
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        angles = positions[..., None] * rotary_frequencies(x.size(-1), 10000.0, x.device)
-        return x + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (…, T, C)
+        pairs = x.size(-1) // 2
+        if self.layout == 'fairseq':
+            # As rotary_frequencies, but the last one is exactly 1/10000.
+            exponents = torch.arange(pairs, device=x.device, dtype=torch.float) / (pairs - 1)
+            angles = (positions[..., None] + 2) * (10000.0**exponents).reciprocal()
+        else:
+            angles = positions[..., None] * rotary_frequencies(2 * pairs, 10000.0, x.device)
+        waves = angles.sin(), angles.cos()
+        if self.layout == 'interleaved':
+            return x + torch.stack(waves, dim=-1).flatten(-2)  # (…, T, C)
+        return x + torch.cat(waves, dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,19 @@ def rows_of_interleaved_head(head_dim: int, rotated: int) -> torch.Tensor:
     return torch.cat((rows[:rotated].view(-1, 2).T.flatten(), rows[rotated:]))
 
 
+def rows_of_half_rotated_head(head_dim: int, rotated: int) -> torch.Tensor:
+    """The order of a head's rows, `rotated` of which are rotated: theirs rotates dimensions i and
+    i + head_dim / 2 together for the first i, ours i and i + rotated / 2."""
+    rows, pairs = torch.arange(head_dim).view(2, -1), rotated // 2
+    return torch.cat((rows[:, :pairs].flatten(), rows[:, pairs:].flatten()))
+
+
+def half_rotated_rows(config: ModelArchitectureConfig) -> torch.Tensor:
+    """The order of the rows of stacked queries, keys and values, for such a rotation."""
+    rotated = int(config.head_dim * config.rope_fraction)
+    return _with_rows_of_heads(rows_of_half_rotated_head(config.head_dim, rotated), config)
+
+
 def negated_rows(config: ModelArchitectureConfig) -> torch.Tensor:
     """The order of the rows of stacked queries, keys and values, for a rotation of whole heads by
     the negated angles: the halves of each head are exchanged."""

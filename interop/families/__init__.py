@@ -39,6 +39,7 @@ from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.lara_mini import LARA_MINI
 from interop.families.layernorm_rope import JAIS2, NEMOTRON, PERSIMMON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
+from interop.families.lfm3 import LFM3
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.llama4 import LLAMA4
 from interop.families.llama_aliases import EXAONE, INTERNLM3, IQUESTCODER
@@ -57,6 +58,7 @@ from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
 from interop.families.recurrent_gemma import RECURRENT_GEMMA
 from interop.families.sarvam import SARVAM_MLA, SARVAM_MOE
+from interop.families.sinusoids import CTRL, XGLM
 from interop.families.windowed_mixtures import FLINT, KOLIBRI1, LAGUNA
 from interop.mapping import Family
 from interop.tensors import TensorMap
@@ -167,6 +169,9 @@ TRANSFORMERS = {
         LAGUNA,
         LARA_MINI,
         GPT_NEOX_JAPANESE,
+        LFM3,
+        CTRL,
+        XGLM,
     )
 }
 

@@ -17,7 +17,7 @@ def _read_attention(fields: Fields) -> dict:
     clip = attention.take('clip_qkv', float, optional=True)
     theta = attention.take('rope_theta', float, 10000.0)
     attention.refuse_unread()
-    fields.values.setdefault('max_position_embeddings', fields.values.get('max_seq_len'))
+    fields.values.setdefault('max_position_embeddings', fields.values.get('max_seq_len', 2048))
     options = _ROPE.read(fields)
     if options.get('rope_theta') not in (None, theta):
         attention.refuse(

@@ -75,7 +75,7 @@ _FIELDS = (
 _MIXER = 'blocks.{layer}.mixers.short_conv.'
 _CONV = LAYER + 'conv.'
 _FFN = LAYER + 'feed_forward.'
-_WEIGHTS = {
+WEIGHTS = {
     'token_embedding.weight': tensor('model.embed_tokens.weight', resize=resize_vocabulary),
     'final_norm.weight': tensor('model.embedding_norm.weight'),
     'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
@@ -122,7 +122,7 @@ LFM2 = Family(
             *('conv_dim', 'conv_dim_out', 'num_heads', 'use_pos_enc'),
         }
     ),
-    weights=_WEIGHTS,
+    weights=WEIGHTS,
 )
 
 LFM2_MOE = Family(
@@ -157,7 +157,7 @@ LFM2_MOE = Family(
         ),
     ),
     aliases={'tie_embedding': 'tie_word_embeddings'},
-    weights=_WEIGHTS
+    weights=WEIGHTS
     | {
         'blocks.{layer}.ffn.router.weight': tensor(_FFN + 'gate.weight'),
         **selection_bias(_FFN + 'expert_bias'),

@@ -197,12 +197,31 @@ def test_sinusoidal_matches_paper():
             assert table[0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize('layout', ['halves', 'fairseq'])
+def test_sinusoids_in_halves(layout):
+    encoding = encoding_of(position_encoding='sinusoidal', sinusoid_layout=layout)
+    table = encoding.embed(torch.zeros(1, 9, 16), torch.arange(9))
+    for t in range(9):
+        for i in range(8):
+            angle = t / 10000 ** (i / 8) if layout == 'halves' else (t + 2) / 10000 ** (i / 7)
+            assert table[0, t, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[0, t, 8 + i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_sinusoid_layouts_have_tags_and_a_neutral_value():
+    usual = tiny(position_encoding='sinusoidal')
+    assert tiny(position_encoding='sinusoidal', sinusoid_layout='interleaved').hash == usual.hash
+    halves = tiny(position_encoding='sinusoidal', sinusoid_layout='halves')
+    assert halves.name == usual.name.replace('SinPos', 'SinPosHalves') and halves.hash != usual.hash
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 VARIANTS = [
     *({'position_encoding': name} for name in POSITION_ENCODING_REGISTRY),
     *({'position_encoding': 'rope', 'rope_scaling': name} for name in ROPE_SCALING_REGISTRY),
     {'position_encoding': 'rope', 'rope_fraction': 0.5},
+    {'position_encoding': 'sinusoidal', 'sinusoid_layout': 'fairseq'},
 ]
 BOUNDLESS = [v for v in VARIANTS if v['position_encoding'] != 'learned_absolute']
 

@@ -370,4 +370,15 @@ BASES = {
         **{key: value for key, value in SIZES.items() if key != 'intermediate_size'},
         **{'intermediate_multiple_size': 2, 'rotary_pct': 0.5, 'rotary_emb_base': 50.0},
     },
+    'lfm3': {
+        **_GROUPED,
+        'num_hidden_layers': 3,
+        'layer_types': ['conv', 'full_attention', 'sliding_attention'],
+        'sliding_window': 5,
+    },
+    'ctrl': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'dff': 48, 'n_positions': 16},
+    'xglm': {
+        **{'num_layers': 2, 'attention_heads': 4, 'd_model': 32, 'ffn_dim': 48},
+        'max_position_embeddings': 16,
+    },
 }

@@ -350,6 +350,7 @@ LEGAL_SIZES = {
     'glm4_moe': {'num_attention_heads': 32},
     'dots1': {'n_routed_experts': 8, 'n_shared_experts': 1},
     'granitemoehybrid': {'intermediate_size': 512},
+    'dbrx': {'ffn_config': {'moe_top_k': 2}},
 }
 
 

@@ -113,6 +113,37 @@ CASES = {
         ),
         'AAB',
     ),
+    'lfm3': (changed('lfm3'), 'ABC'),
+    'lfm3-without-gates': (
+        changed(
+            'lfm3',
+            **{'layer_types': None, 'num_hidden_layers': 5, 'tie_word_embeddings': False},
+            **{'use_attention_gate': False, 'use_sandwich_norm': False, 'conv_bias': True},
+            rope_parameters={
+                'sliding_attention': {'rope_type': 'default', 'rope_theta': 50.0},
+                'full_attention': {
+                    'rope_type': 'proportional',
+                    'rope_theta': 700.0,
+                    'partial_rotary_factor': 0.34,
+                },
+            },
+            head_dim=100,
+        ),
+        'AABAC',
+    ),
+    'ctrl': ({'model_type': 'ctrl', **BASES['ctrl'], 'n_positions': 32}, ''),
+    'ctrl-untied': (
+        {
+            **{'model_type': 'ctrl', **BASES['ctrl'], 'n_positions': 32},
+            'tie_word_embeddings': False,
+        },
+        '',
+    ),
+    'xglm': (changed('xglm'), ''),
+    'xglm-unscaled': (
+        changed('xglm', scale_embedding=False, activation_function='relu', num_layers=1),
+        '',
+    ),
 }
 
 
@@ -137,6 +168,13 @@ REFUSED = {
     'layer_rope_theta=.* has 1 entries for 2 layers': changed(
         'granite_swa', layer_rope_theta=[1.0]
     ),
+    'partial_rotary_factor=0.3 must give an even number': changed(
+        'lfm3',
+        rope_parameters={
+            'full_attention': {'rope_type': 'proportional', 'partial_rotary_factor': 0.3}
+        },
+    ),
+    'pad_token_id=3': changed('xglm', pad_token_id=3),
     'attn_config: foo=1': {**DBRX, 'attn_config': {'rope_theta': 10000.0, 'foo': 1}},
 }
 
