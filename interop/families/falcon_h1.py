@@ -93,7 +93,7 @@ def _read_heads(fields: Fields) -> dict:
     width = expand * hidden if width is None else width
     heads = fields.take('mamba_n_heads', int, 128)
     automatic = fields.value('mamba_d_head', 'auto') == 'auto'
-    dims = width // max(heads, 1) if automatic else fields.take('mamba_d_head', int)
+    dims = width // max(heads, 1) if automatic else fields.take('mamba_d_head', int, 1)
     if heads < 1 or dims * heads != width:
         fields.refuse('mamba_n_heads', f'with heads of {dims}, does not fill a width of {width}')
         return {}

@@ -156,7 +156,15 @@ class Flips:
         self.folder = folder
 
     def outcome(self, family: str, changes: dict, base: dict | None = None) -> str:
-        """'equal', 'refused', 'illegal' (for transformers), or the difference."""
+        """'equal', 'refused', 'illegal' (for transformers), or the difference or error."""
+        try:
+            return self._outcome(family, changes, base)
+        except UserError:
+            return 'refused'
+        except Exception as error:
+            return f'FAILED: {error!r}'
+
+    def _outcome(self, family: str, changes: dict, base: dict | None) -> str:
         fields = {
             'model_type': family,
             'vocab_size': 40,
@@ -176,12 +184,9 @@ class Flips:
                 theirs, expected, tokens = self._theirs(fields)
         except Exception:
             return 'illegal'
-        try:
-            source = interop.open_checkpoint(f'hf:{self.folder}')
-            ours = build_model(source.config, 'cpu').eval()
-            ours.load_state_dict(dict(source.weights(source.config)), strict=False)
-        except UserError:
-            return 'refused'
+        source = interop.open_checkpoint(f'hf:{self.folder}')
+        ours = build_model(source.config, 'cpu').eval()
+        ours.load_state_dict(dict(source.weights(source.config)), strict=False)
         with torch.no_grad():
             logits = ours(tokens)
         off = (logits - expected).norm() / expected.norm()
