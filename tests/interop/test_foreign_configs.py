@@ -68,6 +68,7 @@ CONTRADICTIONS = {
         {'rope_parameters': {'rope_type': 'default', 'rope_theta': math.nan}},
     ),
     'attention_bias=1: must be true or false': ('qwen3', {'attention_bias': 1}),
+    'mamba_d_head=None: must be': ('falcon_h1', {'mamba_d_head': None}),
     'n_layer=1000000 exceeds the maximum of 5,000': ('gpt2', {'n_layer': 10**6}),
 }
 
