@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from common.architecture_presets import PRESETS
+from common.architecture_options import START_OPTIONS
 from common.dict_option import DictOption, leaves
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
@@ -266,13 +266,15 @@ def _match_by_problems(study: Study, options: dict[str, Option]) -> Iterator[str
 
 
 def _varies_pattern(study: Study) -> bool:
-    return any('layer_pattern' in getattr(study, name) for name in GRIDS)
+    """Whether the grid has patterns; or kinds of layers, and presets or designs with their own."""
+    keys = {key.partition('.')[0] for name in GRIDS for key in getattr(study, name)}
+    return 'layer_pattern' in keys or ('layer_kinds' in keys and bool(keys & START_OPTIONS.keys()))
 
 
 def run_options(study: Study, point: dict) -> dict:
     """The options of a point as the command line of its run sets them.
 
-    In a study that varies `layer_pattern`, each run sets its own, the base's too, and values of
+    In a study that varies the layer pattern, each run sets its own, the base's too, and values of
     kinds that it lacks are left out: the command line overrides the kinds of the file.
     """
     point = {**study.rung, **point}
@@ -285,22 +287,23 @@ def run_options(study: Study, point: dict) -> dict:
     return used_values(point, letters_of(point['layer_pattern'] or ''))
 
 
+def _patterns(study: Study) -> Iterator[str]:
+    """The layer patterns of the study: those in its grid, and those of the base, of presets and of
+    published designs where the grid names none."""
+    points = [(key, v) for n in GRIDS for key, values in getattr(study, n).items() for v in values]
+    known = {key: option.choices or () for key, option in START_OPTIONS.items()}
+    starts = [{key: value} for key, value in points if value in known.get(key, ())]
+    yield from (value for key, value in points if key == 'layer_pattern' and isinstance(value, str))
+    for start in ({}, *starts):
+        layers = [*study.command_line.layers, Layer(COMMAND_LINE, start)]
+        yield ModelArchitectureConfig.resolve(layers, []).layer_pattern or ''
+
+
 def _unused_kind_problems(study: Study) -> Iterator[str]:
     """Kinds of layers that no pattern of the study has."""
     if not _varies_pattern(study):
         return
-    base = ModelArchitectureConfig.resolve(study.command_line.layers, [])
-    values = {
-        key: [v for n in GRIDS for v in getattr(study, n).get(key, [])]
-        for key in ('layer_pattern', 'arch_preset')
-    }
-    presets = [PRESETS[name] for name in values['arch_preset'] if name in PRESETS]
-    patterns = [
-        base.layer_pattern,
-        *values['layer_pattern'],
-        *(p.get('layer_pattern') for p in presets),
-    ]
-    letters = letters_of(''.join(pattern for pattern in patterns if isinstance(pattern, str)))
+    letters = letters_of(''.join(_patterns(study)))
     points = [
         *((layer.origin, layer.values) for layer in study.command_line.layers),
         *((f'{study.path}, {name}', point) for name, point in _named_points(study)),

@@ -47,6 +47,27 @@ def labels(state):
     return [variant.label for variant in state.parts[0].variants]
 
 
+@pytest.mark.parametrize(
+    'start, values',
+    [('like', ('llama', 'gemma3_text')), ('arch_preset', ('llama', 'gemma3'))],
+)
+def test_designs_and_presets_bring_their_patterns(read, start, values):
+    """Kinds of their letters are no mistake, and are left out of those without them."""
+    without, with_kinds = values
+    base = f"{start} = 'llama'; n_layer = 4; sweep = {{'{start}': {list(values)}, 'seed': [1]}}\n"
+    state = read(f"{base}ablate = {{'layer_kinds.L.sliding_window': [4, 8]}}")
+    assert labels(state) == [
+        f'{start}={without}',
+        f'{start}={with_kinds}',
+        *(f'{start}={with_kinds} L.sliding_window={window}' for window in (4, 8)),
+    ]
+    windows = [layers(v, 'sliding_window')[0] for v in state.parts[0].variants]
+    assert windows[0] is None and windows[2:] == [4, 8]
+    for pattern in ('', "'layer_pattern': ['LLG'], "):
+        with pytest.raises(UserError, match='no layer_pattern of the study has the letter X'):
+            read(f"{base}ablate = {{{pattern}'layer_kinds.X.d_ff': [24]}}")
+
+
 def test_each_run_has_the_layers_of_its_variant(read):
     """The arguments of a run give train.py the settings that the study checked."""
     state = read(
