@@ -255,6 +255,7 @@ class Family:
     pattern of names in some checkpoints -> the name in `weights`. row_factors: for the fields, the
     name of a parameter, and the config of its layer, the factors by which its rows are multiplied
     after they are read, or one of all of them; an export has fields by which they are all 1.
+    zero_tensors: pattern of tensors that are zero if the files lack them.
     alias_of: a family with the same model; only fields and their defaults differ. An option without
     a field map has its default in the family.
     """
@@ -271,6 +272,7 @@ class Family:
     check_loadable: Callable[[dict], str | None] = lambda fields: None
     renamed_tensors: dict[str, str] = dataclass_field(default_factory=dict)
     row_factors: RowFactors = lambda fields, name, layer: 1.0
+    zero_tensors: str = r'$^'
     alias_of: str | None = None
 
     def fields(self, values: dict, problems: list[str]) -> Fields:

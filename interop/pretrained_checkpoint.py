@@ -114,6 +114,10 @@ class PretrainedCheckpoint:
             tensor_maps[name] = tensor_map, names
             parts = tensor_map.write(parameter.detach(), layer_config(config, name))
             shapes.update((key, tuple(part.shape)) for key, part in zip(names, parts, strict=True))
+        for name in shapes.keys() - self.tensors.keys():
+            if re.search(self.family.zero_tensors, name):
+                zeros = partial(torch.zeros, shapes[name])
+                self.tensors[name] = StoredTensor(shapes[name], True, zeros)
         self._check_names(shapes, config)
         divided = {
             key

@@ -7,6 +7,7 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 
 from interop.families.afmoe import AFMOE
 from interop.families.alibi import BLOOM, FALCON
+from interop.families.axk1 import AXK1
 from interop.families.biased_mixtures import (
     ERNIE4_5_MOE,
     EXAONE_MOE,
@@ -14,6 +15,7 @@ from interop.families.biased_mixtures import (
     QWEN2_MOE,
 )
 from interop.families.cohere import COHERE, COHERE2, MINICPM3
+from interop.families.cohere2_moe import COHERE2_MOE
 from interop.families.dbrx import DBRX
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, YOUTU
 from interop.families.falcon_h1 import FALCON_H1
@@ -172,6 +174,8 @@ TRANSFORMERS = {
         LFM3,
         CTRL,
         XGLM,
+        AXK1,
+        COHERE2_MOE,
     )
 }
 

@@ -40,30 +40,29 @@ from model_config import ModelArchitectureConfig
 
 # --- Cohere ---------------------------------------------------------------------------------------
 
-_FIELDS = (
+COHERE_FIELDS = (
     field('n_layer', 'num_hidden_layers', 40),
     field('n_head', 'num_attention_heads', 64),
     field('n_embd', 'hidden_size', 8192),
     field('block_size', 'max_position_embeddings', 8192),
     field('vocab_size', 'vocab_size', 256_000),
-    field('d_ff', 'intermediate_size', 22528),
-    field('norm_eps', 'layer_norm_eps', 1e-5),
-    field('head_dim', 'head_dim', None),
     field('attention_bias', 'attention_bias', False),
     field('weight_tying', 'tie_word_embeddings', True),
     field('logit_multiplier', 'logit_scale', 0.0625),
-    constant_option(
-        normalization='layernorm_nobias',
-        norm_position='parallel',
-        parallel_shared_norm=True,
-        bias=False,
-        ffn_bias=False,
-    ),
+    constant_option(norm_position='parallel', parallel_shared_norm=True),
+    constant_option(bias=False, ffn_bias=False),
     export_only(attention_dropout='attention_dropout'),
     kv_heads_field(),
+)
+_FIELDS = (
+    *COHERE_FIELDS,
+    field('d_ff', 'intermediate_size', 22528),
+    field('norm_eps', 'layer_norm_eps', 1e-5),
+    field('head_dim', 'head_dim', None),
+    constant_option(normalization='layernorm_nobias'),
     swiglu_field(),
 )
-_WEIGHTS = {
+COHERE_WEIGHTS = {
     **EMBEDDING_AND_HEAD,
     'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'input_layernorm.weight'),
     **GATED_FFN,
@@ -112,7 +111,7 @@ COHERE = Family(
         rope_fields(default_theta=5e5),
         FieldMap(_read_qk_norm, _write_qk_norm),
     ),
-    weights=_WEIGHTS
+    weights=COHERE_WEIGHTS
     | {
         'blocks.{layer}.attention.q_norm.weight': _gains_of_each_head('q', lambda c: c.n_head),
         'blocks.{layer}.attention.k_norm.weight': _gains_of_each_head('k', num_kv_heads_of),
@@ -137,7 +136,7 @@ COHERE2 = Family(
         rope_in_some_layers(rope_fields(), _read_rotated),
     ),
     irrelevant_fields=frozenset({'sliding_window_pattern'}),  # superseded by layer_types
-    weights=_WEIGHTS,
+    weights=COHERE_WEIGHTS,
 )
 
 # --- MiniCPM3 -------------------------------------------------------------------------------------

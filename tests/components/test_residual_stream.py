@@ -64,6 +64,9 @@ def run_layout(block, layout, x, attn_inputs, residual):
     if layout == 'sandwich':
         x = add(x, block.attention_output_norm(mix(norm(x), attn_inputs)), 'mixer')
         return add(x, block.ffn_output_norm(ffn(block.ffn_norm(x))), 'ffn')
+    if layout == 'ffn_sandwich':
+        x = add(x, mix(norm(x), attn_inputs), 'mixer')
+        return add(x, block.ffn_output_norm(ffn(block.ffn_norm(x))), 'ffn')
     if layout == 'reordered':
         x = add(x, norm(mix(x, attn_inputs)), 'mixer')
         return add(x, block.ffn_norm(ffn(x)), 'ffn')

@@ -381,4 +381,16 @@ BASES = {
         **{'num_layers': 2, 'attention_heads': 4, 'd_model': 32, 'ffn_dim': 48},
         'max_position_embeddings': 16,
     },
+    'axk1': {
+        **{key: value for key, value in _DEEPSEEK.items() if 'replace' not in key},
+        **{'mlp_layer_types': ['dense', 'sparse'], 'n_group': 2, 'topk_group': 1},
+    },
+    'cohere2_moe': {
+        **_GROUPED,
+        **_MIXED_WINDOWS,
+        'mlp_layer_types': ['sparse', 'dense'],
+        'num_experts': 4,
+        'num_shared_experts': 1,
+        'prefix_dense_intermediate_size': 40,
+    },
 }

@@ -144,6 +144,29 @@ CASES = {
         changed('xglm', scale_embedding=False, activation_function='relu', num_layers=1),
         '',
     ),
+    'axk1': (changed('axk1'), 'AB'),
+    'axk1-legacy': (
+        changed('axk1', mlp_layer_types=None, n_group=1, topk_group=1, rope_parameters=YARN),
+        'AB',
+    ),
+    'cohere2_moe': (changed('cohere2_moe'), 'LG'),
+    'cohere2_moe-sum': (
+        changed(
+            'cohere2_moe',
+            **{'shared_expert_combination_strategy': 'sum', 'expert_selection_fn': 'sigmoid'},
+            **{'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'rope_parameters': YARN},
+            prefix_dense_sliding_window_pattern=2,
+        ),
+        'LG',
+    ),
+    'cohere2_moe-prefix': (
+        changed(
+            'cohere2_moe',
+            **{'first_k_dense_replace': 1, 'layer_types': None, 'mlp_layer_types': None},
+            **{'num_hidden_layers': 5, 'num_shared_experts': 0, 'norm_topk_prob': False},
+        ),
+        'ABBBC',
+    ),
 }
 
 
@@ -194,3 +217,14 @@ def test_yarn_has_another_name_in_published_files():
     usual = changed('sarvam_mla', rope_parameters=YARN)
     first, second = (reference.architecture({'vocab_size': 40, **f}) for f in (named, usual))
     assert first.to_dict() == second.to_dict()
+
+
+def test_published_files_lack_biases_of_the_router(tmp_path):
+    """A.X K1: without them, its experts are chosen by their scores."""
+    model = reference.randomized_model(changed('axk1'))
+    state = {k: v for k, v in model.state_dict().items() if 'correction_bias' not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    source = interop.open_checkpoint(f'hf:{tmp_path}')
+    assert not source.tensors.keys() & {'model.layers.1.mlp.gate.e_score_correction_bias'}
+    weights = dict(source.weights(source.config))
+    assert weights['blocks.1.ffn.router.selection_bias'].tolist() == [0, 0, 0, 0]
