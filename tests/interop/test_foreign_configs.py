@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('o
 
 # Every field of families unlike each other; tests/stress/field_pairs.py does the same for all.
 WHOLE = ('gpt2', 'llama', 'gemma3_text', 'deepseek_v3', 'jamba', 'qwen3_next')
-SAMPLE = 16  # changes of each other family
+SAMPLE = 8  # changes of each other family
 
 
 @pytest.mark.parametrize('family', BASES)
