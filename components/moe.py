@@ -266,7 +266,7 @@ class MixtureOfExperts(FeedForward):
         expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
         place = ['InputWeights'] if config.get('expert_weights_at') == 'input' else []
         factor = config.get('capacity_factor')
-        capacity = [] if factor is None else [f'Cap{factor:g}']
+        capacity = [] if factor is None else [f'Capacity{factor:g}']
         return '-'.join((mixture, *Router.tags(config), *place, *capacity, expert))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:

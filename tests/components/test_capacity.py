@@ -201,7 +201,7 @@ def test_drops_the_same_under_autocast():
 
 def test_flops_name_and_hash():
     plain, ours = tiny(**MOE), tiny(**MOE, capacity_factor=1.25)
-    assert ours.name.replace('-Cap1.25', '') == plain.name != ours.name
+    assert ours.name.replace('-Capacity1.25', '') == plain.name != ours.name
     assert tiny(**MOE, capacity_factor=None).hash == plain.hash != ours.hash
     counts = [training_flops(build_model(config)) for config in (plain, ours)]
     assert counts[0]['per_token'] == counts[1]['per_token']
