@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.architecture_options import layer_options, shared_options
 from common.errors import UserError
+from components.base import saved_tensors
 from components.weight_initialization import initial_values
 from model_builder import (
     build_model,
@@ -56,7 +57,8 @@ at_random = settings(
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 UNCHANGED = {'init_std': 0.02, 'logit_softcap': None}  # larger weights, or a cap, hide differences
-NOTHING_SHARED = {'residual': 'addition', 'value_residual': 'none'}  # by layers, of a pass
+# By layers, of a pass.
+NOTHING_SHARED = {'residual': 'addition', 'value_residual': 'none', 'query_scale_growth': None}
 WITHOUT_DROPOUT = {'dropout': 0.0, 'attention_dropout': None, 'residual_dropout': None}
 
 
@@ -104,7 +106,7 @@ def test_parameters_and_flops_are_those_of_the_layers(config):
             assert flops == pytest.approx(expected), part
 
     parameters = dict(model.named_parameters())
-    assert set(initial_values(model)) == set(parameters)
+    assert set(initial_values(model)) == set(saved_tensors(model))  # with biases of routers
     grouped = [id(p) for group in parameter_groups(model) for p in group.parameters]
     assert sorted(grouped) == sorted(id(p) for p in parameters.values())
     assert 'other' not in info['components']
