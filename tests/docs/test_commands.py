@@ -26,7 +26,7 @@ PARALLEL = 'is run with FSDP; tests/parallel trains with the other strategies'
 EXCEPTIONS = {
     r'^python3 -m venv|^\. \.venv/|^pip install|^git clone': INSTALLS,
     r'^(\.ci/run|(python -m )?pytest|ruff|mypy)\b': GATE,
-    r'^python study.py config/(my_\w+.py$|studies/(norms|mixers))': ANOTHER_STUDY,
+    r'^python study.py config/(my_\w+.py$|studies/(norms|mixers|families))': ANOTHER_STUDY,
     r'^torchrun .*--nnodes|^sbatch|^srun': SEVERAL_MACHINES,
     r'^torchrun .*--nproc_per_node=8|mixer_backend=fla': GPU,
     r'^torchrun .*--nproc_per_node=2 (?!.*--use_fsdp)': PARALLEL,
