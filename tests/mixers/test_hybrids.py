@@ -182,8 +182,9 @@ def test_block_equals_that_of_a_uniform_model(config):
     written = {id(w) for m in model.modules() for w in getattr(m, 'residual_weights', list)()}
     x = torch.randn(2, config.block_size, config.n_embd)
     tokens = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1]])
-    shared = SharedInputs(tokens, torch.randn_like(x))
     documents = locate_documents(tokens, 0) if config.get('document_mask') else None
+    positions = documents.positions if documents else torch.arange(config.block_size)
+    shared = SharedInputs(tokens, torch.randn_like(x), positions)
     inputs = model.attention_inputs(torch.arange(config.block_size), documents)
     for number, letter in enumerate(config.layer_letters):
         one, block = uniform[letter], model.blocks[number]

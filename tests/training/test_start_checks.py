@@ -240,8 +240,8 @@ def test_built_in_components_pass(values):
 def test_every_preset_passes(preset):
     sizes = {'n_embd': 32, 'd_ff': 32} if preset in ('mixtral', 'deepseek') else {'n_embd': 32}
     small = {'expert_d_ff': 16} if preset in ('mixtral', 'deepseek') else {}
-    # Its windows are 1/32 of the context, and would be one token.
-    context = {'block_size': 64} if preset == 'gemma3' else {}
+    # Windows or chunks are 1/32 of the context, and would be one token.
+    context = {'block_size': 64} if preset in ('gemma3', 'llama4') else {}
     assert checked(arch_preset=preset, **sizes, **small, **context) == []
 
 
