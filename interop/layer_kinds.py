@@ -60,6 +60,23 @@ class LayerKind(NamedTuple):
         return all(layer.get(key) == value for key, value in self.options.items())
 
 
+# Layers whose FFN is SwiGLU or a mixture of experts, as transformers' `mlp_layer_types` names them.
+DENSE, SPARSE = 'dense', 'sparse'
+
+
+def dense_and_sparse(dense_width: FieldMap, *experts: FieldMap) -> dict[str, LayerKind]:
+    """The kinds of both FFNs. dense_width: of `d_ff`; experts: of the options of a mixture."""
+    return {
+        DENSE: LayerKind({'ffn_type': 'swiglu'}, (dense_width,)),
+        SPARSE: LayerKind({'ffn_type': 'moe'}, experts),
+    }
+
+
+def first_is_dense(layers: int) -> list[str]:
+    """The kinds of layers of which all but the first have experts."""
+    return [SPARSE if layer else DENSE for layer in range(layers)]
+
+
 class LayerNames(NamedTuple):
     """Fields of config.json that name the kind of each layer.
 

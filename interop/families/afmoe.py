@@ -12,7 +12,13 @@ from interop.families.llama import (
     query_key_value_rows,
 )
 from interop.fields import Fields
-from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_number
+from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
+    dense_and_sparse,
+    layer_kinds_field,
+    named_by_number,
+)
 from interop.mapping import (
     WINDOW,
     Family,
@@ -29,7 +35,6 @@ from interop.routing import selection_bias
 from interop.tensors import TensorMap, tensor
 from model_config import ModelArchitectureConfig
 
-_DENSE, _SPARSE = 'dense', 'sparse'
 _has_window = all_but_every_nth('global_attn_every_n_layers', 4)
 
 
@@ -62,25 +67,18 @@ AFMOE = Family(
         windows_field(1024, _has_window),
         rope_in_some_layers(rope_fields(), _read_rotated),
         layer_kinds_field(
-            named_by_number('num_dense_layers', 1, _DENSE, _SPARSE),
-            kinds={
-                _DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 6144),)
-                ),
-                _SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 64),
-                        field('experts_per_token', 'num_experts_per_tok', 6),
-                        field('expert_d_ff', 'moe_intermediate_size', 1408),
-                        field('shared_experts', 'num_shared_experts', 2),
-                        field('router_scale', 'route_scale', 1.0),
-                        constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                        constant_option(router_normalize=True, router_selection_bias=True),
-                        constant_option(router_groups=1),
-                    ),
-                ),
-            },
+            named_by_number('num_dense_layers', 1, DENSE, SPARSE),
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 6144),
+                field('num_experts', 'num_experts', 64),
+                field('experts_per_token', 'num_experts_per_tok', 6),
+                field('expert_d_ff', 'moe_intermediate_size', 1408),
+                field('shared_experts', 'num_shared_experts', 2),
+                field('router_scale', 'route_scale', 1.0),
+                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+                constant_option(router_normalize=True, router_selection_bias=True),
+                constant_option(router_groups=1),
+            ),
         ),
     ),
     # Superseded by layer_types; kernels and training.

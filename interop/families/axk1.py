@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from interop.families.biased_mixtures import first_is_dense
 from interop.families.deepseek import (
     DEEPSEEK_V3,
     HEAD_DIM,
@@ -11,9 +10,11 @@ from interop.families.deepseek import (
     latent_norm_field,
 )
 from interop.families.llama import LAYER, llama_fields
-from interop.families.qwen3_next import DENSE, SPARSE
 from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
     LayerKind,
+    first_is_dense,
     layer_kinds_field,
     named_by_default,
     named_by_list,

@@ -16,11 +16,14 @@ from interop.families.llama import (
     projections,
 )
 from interop.families.mixed_layers import EXAONE4_LAYERS
-from interop.families.qwen3_next import DENSE, SHARED_EXPERT, SPARSE, SPARSE_STEPS
+from interop.families.qwen3_next import SHARED_EXPERT, SPARSE_STEPS
 from interop.fields import Fields
 from interop.layer_kinds import (
-    LayerKind,
+    DENSE,
+    SPARSE,
     LayerNames,
+    dense_and_sparse,
+    first_is_dense,
     layer_kinds_field,
     named_by_default,
     named_by_list,
@@ -63,24 +66,15 @@ QWEN2_MOE = Family(
         rope_fields(),
         layer_kinds_field(
             SPARSE_STEPS,
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 5632),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 60),
-                        field('experts_per_token', 'num_experts_per_tok', 4),
-                        field('expert_d_ff', 'moe_intermediate_size', 1408),
-                        field('router_normalize', 'norm_topk_prob', False),
-                        shared_experts_field('shared_expert_intermediate_size', 5632, each=1408),
-                        constant_option(
-                            expert_ffn='swiglu', router_score='softmax', shared_gate=True
-                        ),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 5632),
+                field('num_experts', 'num_experts', 60),
+                field('experts_per_token', 'num_experts_per_tok', 4),
+                field('expert_d_ff', 'moe_intermediate_size', 1408),
+                field('router_normalize', 'norm_topk_prob', False),
+                shared_experts_field('shared_expert_intermediate_size', 5632, each=1408),
+                constant_option(expert_ffn='swiglu', router_score='softmax', shared_gate=True),
+            ),
         ),
     ),
     aliases={'num_local_experts': 'num_experts'},
@@ -139,23 +133,16 @@ ERNIE4_5_MOE = Family(
         rope_fields(default_theta=5e5),
         layer_kinds_field(
             LayerNames(_INTERVAL, _read_interval, _write_interval),
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 12288),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'moe_num_experts', 64),
-                        field('experts_per_token', 'moe_k', 6),
-                        field('expert_d_ff', 'moe_intermediate_size', 1536),
-                        field('shared_experts', 'moe_num_shared_experts', 2),
-                        constant_option(expert_ffn='swiglu', router_score='softmax'),
-                        constant_option(router_normalize=True, router_selection_bias=True),
-                        constant_option(router_scale=1.0, router_groups=1),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 12288),
+                field('num_experts', 'moe_num_experts', 64),
+                field('experts_per_token', 'moe_k', 6),
+                field('expert_d_ff', 'moe_intermediate_size', 1536),
+                field('shared_experts', 'moe_num_shared_experts', 2),
+                constant_option(expert_ffn='swiglu', router_score='softmax'),
+                constant_option(router_normalize=True, router_selection_bias=True),
+                constant_option(router_scale=1.0, router_groups=1),
+            ),
         ),
     ),
     aliases={'num_experts': 'moe_num_experts', 'num_experts_per_tok': 'moe_k'},
@@ -176,10 +163,6 @@ ERNIE4_5_MOE = Family(
 # --- Hunyuan V3 -----------------------------------------------------------------------------------
 
 
-def first_is_dense(layers: int) -> list[str]:
-    return [SPARSE if layer else DENSE for layer in range(layers)]
-
-
 HY_V3 = Family(
     name='hy_v3',
     architecture='HYV3ForCausalLM',
@@ -196,24 +179,17 @@ HY_V3 = Family(
         layer_kinds_field(
             named_by_list('mlp_layer_types'),
             named_by_default(first_is_dense),
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 13312),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 192),
-                        field('experts_per_token', 'num_experts_per_tok', 8),
-                        field('expert_d_ff', 'moe_intermediate_size', 1536),
-                        field('shared_experts', 'num_shared_experts', 1),
-                        field('router_scale', 'router_scaling_factor', 2.826),
-                        constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                        constant_option(router_normalize=True, router_selection_bias=True),
-                        constant_option(router_groups=1),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 13312),
+                field('num_experts', 'num_experts', 192),
+                field('experts_per_token', 'num_experts_per_tok', 8),
+                field('expert_d_ff', 'moe_intermediate_size', 1536),
+                field('shared_experts', 'num_shared_experts', 1),
+                field('router_scale', 'router_scaling_factor', 2.826),
+                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+                constant_option(router_normalize=True, router_selection_bias=True),
+                constant_option(router_groups=1),
+            ),
         ),
     ),
     aliases={'num_local_experts': 'num_experts'},
@@ -253,22 +229,15 @@ EXAONE_MOE = Family(
         layer_kinds_field(
             named_by_list('mlp_layer_types'),
             named_by_number('first_k_dense_replace', 1, DENSE, SPARSE),
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 16384),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 64),
-                        field('experts_per_token', 'num_experts_per_tok', 8),
-                        field('expert_d_ff', 'moe_intermediate_size', 1024),
-                        field('shared_experts', 'num_shared_experts', 1),
-                        constant_option(expert_ffn='swiglu'),
-                        *biased_router_fields(True, 2.5),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 16384),
+                field('num_experts', 'num_experts', 64),
+                field('experts_per_token', 'num_experts_per_tok', 8),
+                field('expert_d_ff', 'moe_intermediate_size', 1024),
+                field('shared_experts', 'num_shared_experts', 1),
+                constant_option(expert_ffn='swiglu'),
+                *biased_router_fields(True, 2.5),
+            ),
         ),
     ),
     # Superseded by layer_types and mlp_layer_types; multi-token prediction.

@@ -3,9 +3,15 @@
 from interop.families.cohere import COHERE_FIELDS, COHERE_WEIGHTS
 from interop.families.deepseek import SHARED_EXPERTS
 from interop.families.llama import EXPERTS
-from interop.families.qwen3_next import DENSE, SPARSE
 from interop.fields import Fields
-from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_list, named_by_number
+from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
+    dense_and_sparse,
+    layer_kinds_field,
+    named_by_list,
+    named_by_number,
+)
 from interop.layers import options_with
 from interop.mapping import (
     WINDOW,
@@ -163,22 +169,15 @@ COHERE2_MOE = Family(
         FieldMap(_check_combination, lambda config: {_COMBINATION: 'sum'}),
         layer_kinds_field(
             *_FFN_NAMES,
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (FieldMap(_read_dense_width, _write_dense_width),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 8),
-                        field('experts_per_token', 'num_experts_per_tok', 2),
-                        field('shared_experts', 'num_shared_experts', 0),
-                        field('expert_d_ff', 'intermediate_size', 22528),
-                        FieldMap(_read_scores, _write_scores),
-                        constant_option(expert_ffn='swiglu'),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                FieldMap(_read_dense_width, _write_dense_width),
+                field('num_experts', 'num_experts', 8),
+                field('experts_per_token', 'num_experts_per_tok', 2),
+                field('shared_experts', 'num_shared_experts', 0),
+                field('expert_d_ff', 'intermediate_size', 22528),
+                FieldMap(_read_scores, _write_scores),
+                constant_option(expert_ffn='swiglu'),
+            ),
         ),
     ),
     aliases={'num_local_experts': 'num_experts'},

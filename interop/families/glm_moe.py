@@ -22,7 +22,13 @@ from interop.families.llama import (
     llama_fields,
 )
 from interop.fields import Fields
-from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_default, named_by_list
+from interop.layer_kinds import (
+    dense_and_sparse,
+    first_is_dense,
+    layer_kinds_field,
+    named_by_default,
+    named_by_list,
+)
 from interop.layers import options_with
 from interop.mapping import (
     Family,
@@ -111,12 +117,6 @@ GLM4_MOE = Family(
     | DEEPSEEK_BIAS,
 )
 
-_DENSE, _SPARSE = 'dense', 'sparse'
-
-
-def _first_is_dense(layers: int) -> list[str]:
-    return [_SPARSE if layer else _DENSE for layer in range(layers)]
-
 
 GLM4_MOE_LITE = Family(
     name='glm4_moe_lite',
@@ -132,20 +132,13 @@ GLM4_MOE_LITE = Family(
         required_field(hidden_act='silu', rope_interleave=True),
         layer_kinds_field(
             named_by_list('mlp_layer_types'),
-            named_by_default(_first_is_dense),
-            kinds={
-                _DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 10240),)
-                ),
-                _SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        *expert_fields(1536, experts=64, chosen=4, shared=1),
-                        constant_option(expert_ffn='swiglu'),
-                        *biased_router_fields(True, 1.8),
-                    ),
-                ),
-            },
+            named_by_default(first_is_dense),
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 10240),
+                *expert_fields(1536, experts=64, chosen=4, shared=1),
+                constant_option(expert_ffn='swiglu'),
+                *biased_router_fields(True, 1.8),
+            ),
         ),
         deepseek_rope_fields(192),
     ),

@@ -15,7 +15,10 @@ from interop.families.llama import (
     projections,
 )
 from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
     LayerKind,
+    dense_and_sparse,
     layer_kinds_field,
     named_by_default,
     named_by_index,
@@ -26,8 +29,6 @@ from interop.mapping import FULL, LINEAR, Family, constant_option, field, requir
 from interop.routing import selection_bias
 from interop.tensors import CONVOLUTION, Layout, TensorMap, tensor
 from model_config import ModelArchitectureConfig
-
-_DENSE, _SPARSE = 'dense', 'sparse'
 
 
 def _default_mixers(layers: int) -> list[str]:
@@ -70,26 +71,19 @@ _MIXERS = layer_kinds_field(
 )
 _FFNS = layer_kinds_field(
     named_by_list('mlp_layer_types'),
-    named_by_number('first_k_dense_replace', 1, _DENSE, _SPARSE),
-    kinds={
-        _DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 9216),)),
-        _SPARSE: LayerKind(
-            {'ffn_type': 'moe'},
-            (
-                field('num_experts', 'num_local_experts', 256),
-                field('experts_per_token', 'num_experts_per_tok', 8),
-                field('expert_d_ff', 'moe_intermediate_size', 1024),
-                field('shared_experts', 'n_shared_experts', 1),
-                field('router_normalize', 'norm_topk_prob', True),
-                field('router_scale', 'routed_scaling_factor', 2.446),
-                constant_option(
-                    expert_ffn='swiglu', router_score='sigmoid', router_selection_bias=True
-                ),
-                required_field(n_group=1, topk_group=1, moe_layer_freq=1),
-                required_field(moe_router_activation_func='sigmoid'),
-            ),
-        ),
-    },
+    named_by_number('first_k_dense_replace', 1, DENSE, SPARSE),
+    kinds=dense_and_sparse(
+        field('d_ff', 'intermediate_size', 9216),
+        field('num_experts', 'num_local_experts', 256),
+        field('experts_per_token', 'num_experts_per_tok', 8),
+        field('expert_d_ff', 'moe_intermediate_size', 1024),
+        field('shared_experts', 'n_shared_experts', 1),
+        field('router_normalize', 'norm_topk_prob', True),
+        field('router_scale', 'routed_scaling_factor', 2.446),
+        constant_option(expert_ffn='swiglu', router_score='sigmoid', router_selection_bias=True),
+        required_field(n_group=1, topk_group=1, moe_layer_freq=1),
+        required_field(moe_router_activation_func='sigmoid'),
+    ),
 )
 
 

@@ -3,7 +3,10 @@
 from interop.families.llama import LAYER, query_key_value_rows
 from interop.fields import Fields
 from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
     LayerKind,
+    dense_and_sparse,
     layer_kinds_field,
     named_by_default,
     named_by_index,
@@ -25,7 +28,6 @@ from interop.tensors import CONVOLUTION, TensorMap, resize_vocabulary, tensor
 from model_config import ModelArchitectureConfig
 
 CONV, FULL = 'conv', 'full_attention'
-DENSE, SPARSE = 'dense', 'sparse'
 
 
 def _read_width(fields: Fields) -> dict:
@@ -135,25 +137,16 @@ LFM2_MOE = Family(
         layer_kinds_field(named_by_list('layer_types'), kinds=_KINDS),
         layer_kinds_field(
             named_by_number('num_dense_layers', 2, DENSE, SPARSE),
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 7168),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 32),
-                        field('experts_per_token', 'num_experts_per_tok', 4),
-                        field('expert_d_ff', 'moe_intermediate_size', 1792),
-                        field('router_normalize', 'norm_topk_prob', True),
-                        field('router_scale', 'routed_scaling_factor', 1.0),
-                        field('router_selection_bias', 'use_expert_bias', True),
-                        constant_option(
-                            expert_ffn='swiglu', router_score='sigmoid', shared_experts=0
-                        ),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 7168),
+                field('num_experts', 'num_experts', 32),
+                field('experts_per_token', 'num_experts_per_tok', 4),
+                field('expert_d_ff', 'moe_intermediate_size', 1792),
+                field('router_normalize', 'norm_topk_prob', True),
+                field('router_scale', 'routed_scaling_factor', 1.0),
+                field('router_selection_bias', 'use_expert_bias', True),
+                constant_option(expert_ffn='swiglu', router_score='sigmoid', shared_experts=0),
+            ),
         ),
     ),
     aliases={'tie_embedding': 'tie_word_embeddings'},

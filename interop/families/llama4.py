@@ -12,8 +12,11 @@ from interop.families.llama import (
 from interop.families.mixed_layers import read_rotated
 from interop.fields import Fields, short_repr
 from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
     LayerKind,
     LayerNames,
+    dense_and_sparse,
     layer_kinds_field,
     named_by_index,
     named_by_position,
@@ -141,9 +144,8 @@ def _write_chunks(config: ModelArchitectureConfig) -> dict:
 
 # --- Kinds of FFNs --------------------------------------------------------------------------------
 
-_DENSE, _SPARSE = 'dense', 'sparse'
-_LISTED = named_by_index('moe_layers', _SPARSE, _DENSE)
-_STEPS = named_by_position('interleave_moe_layer_step', 1, _SPARSE, _DENSE)
+_LISTED = named_by_index('moe_layers', SPARSE, DENSE)
+_STEPS = named_by_position('interleave_moe_layer_step', 1, SPARSE, DENSE)
 
 
 def _read_sparse(fields: Fields, layers: int | None) -> list[str]:
@@ -152,19 +154,14 @@ def _read_sparse(fields: Fields, layers: int | None) -> list[str]:
 
 _FFNS = layer_kinds_field(
     LayerNames((*_LISTED.fields, *_STEPS.fields), _read_sparse, _LISTED.write),
-    kinds={
-        _DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size_mlp', 16384),)),
-        _SPARSE: LayerKind(
-            {'ffn_type': 'moe'},
-            (
-                field('num_experts', 'num_local_experts', 16),
-                field('experts_per_token', 'num_experts_per_tok', 1),
-                field('expert_d_ff', 'intermediate_size', 8192),
-                constant_option(expert_ffn='swiglu', expert_weights_at='input', shared_experts=1),
-                constant_option(router_score='sigmoid', router_normalize=False, router_scale=1.0),
-            ),
-        ),
-    },
+    kinds=dense_and_sparse(
+        field('d_ff', 'intermediate_size_mlp', 16384),
+        field('num_experts', 'num_local_experts', 16),
+        field('experts_per_token', 'num_experts_per_tok', 1),
+        field('expert_d_ff', 'intermediate_size', 8192),
+        constant_option(expert_ffn='swiglu', expert_weights_at='input', shared_experts=1),
+        constant_option(router_score='sigmoid', router_normalize=False, router_scale=1.0),
+    ),
 )
 
 _THEIRS, _OURS = LAYER + 'feed_forward.', 'blocks.{layer}.ffn.'

@@ -15,9 +15,16 @@ from interop.families.llama import (
     llama_fields,
     query_key_value_rows,
 )
-from interop.families.qwen3_next import DENSE, SPARSE
 from interop.fields import Fields, same_value
-from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_default, named_by_list
+from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
+    LayerKind,
+    dense_and_sparse,
+    layer_kinds_field,
+    named_by_default,
+    named_by_list,
+)
 from interop.layers import num_kv_heads_of
 from interop.mapping import (
     FULL,
@@ -85,19 +92,14 @@ _ATTENTION = layer_kinds_field(
 _FFNS = layer_kinds_field(
     named_by_list('mlp_layer_types'),
     named_by_default(_default_ffns),
-    kinds={
-        DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 16384),)),
-        SPARSE: LayerKind(
-            {'ffn_type': 'moe'},
-            (
-                field('num_experts', 'n_routed_experts', 256),
-                field('experts_per_token', 'num_experts_per_tok', 8),
-                field('expert_d_ff', 'moe_intermediate_size', 2048),
-                constant_option(expert_ffn='swiglu', shared_experts=0),
-                *biased_router_fields(True, 1.0),
-            ),
-        ),
-    },
+    kinds=dense_and_sparse(
+        field('d_ff', 'intermediate_size', 16384),
+        field('num_experts', 'n_routed_experts', 256),
+        field('experts_per_token', 'num_experts_per_tok', 8),
+        field('expert_d_ff', 'moe_intermediate_size', 2048),
+        constant_option(expert_ffn='swiglu', shared_experts=0),
+        *biased_router_fields(True, 1.0),
+    ),
 )
 _THETA = {WINDOW: 1e4, FULL: 5e6}
 _ROPE = rope_by_layer_type_fields(

@@ -10,9 +10,12 @@ from interop.families.llama import (
     REORDERED_NORMS,
     llama_fields,
 )
-from interop.families.qwen3_next import DENSE, SPARSE, SPARSE_STEPS
+from interop.families.qwen3_next import SPARSE_STEPS
 from interop.fields import Fields
-from interop.layer_kinds import LayerKind, layer_kinds_field
+from interop.layer_kinds import (
+    dense_and_sparse,
+    layer_kinds_field,
+)
 from interop.layers import options_with
 from interop.mapping import (
     Family,
@@ -45,19 +48,14 @@ def _write_window(config: ModelArchitectureConfig) -> dict:
 
 _QWEN3_FFNS = layer_kinds_field(
     SPARSE_STEPS,
-    kinds={
-        DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 6144),)),
-        SPARSE: LayerKind(
-            {'ffn_type': 'moe'},
-            (
-                field('num_experts', 'num_local_experts', 128),
-                field('experts_per_token', 'num_experts_per_tok', 8),
-                field('expert_d_ff', 'moe_intermediate_size', 768),
-                field('router_normalize', 'norm_topk_prob', False),
-                constant_option(expert_ffn='swiglu', router_score='softmax'),
-            ),
-        ),
-    },
+    kinds=dense_and_sparse(
+        field('d_ff', 'intermediate_size', 6144),
+        field('num_experts', 'num_local_experts', 128),
+        field('experts_per_token', 'num_experts_per_tok', 8),
+        field('expert_d_ff', 'moe_intermediate_size', 768),
+        field('router_normalize', 'norm_topk_prob', False),
+        constant_option(expert_ffn='swiglu', router_score='softmax'),
+    ),
 )
 
 QWEN3_MOE = Family(

@@ -20,8 +20,25 @@ def _read_embedding_width(fields: Fields) -> dict:
     return {}
 
 
+def opt_weights(decoder: str, final_norm: str) -> dict[str, TensorMap]:
+    """The tensors of norms and blocks, with their biases. decoder: the prefix of their names."""
+    layer = decoder + 'layers.{layer}.'
+    return with_biases(
+        {
+            'final_norm.weight': tensor(f'{decoder}{final_norm}.weight'),
+            'blocks.{layer}.attention_norm.weight': tensor(layer + 'self_attn_layer_norm.weight'),
+            'blocks.{layer}.ffn_norm.weight': tensor(layer + 'final_layer_norm.weight'),
+            'blocks.{layer}.attention.qkv.weight': TensorMap(
+                tuple(f'{layer}self_attn.{name}_proj.weight' for name in 'qkv')
+            ),
+            'blocks.{layer}.attention.output.weight': tensor(layer + 'self_attn.out_proj.weight'),
+            'blocks.{layer}.ffn.up.weight': tensor(layer + 'fc1.weight'),
+            'blocks.{layer}.ffn.down.weight': tensor(layer + 'fc2.weight'),
+        }
+    )
+
+
 _OPT = 'model.decoder.'
-_OPT_LAYER = _OPT + 'layers.{layer}.'
 OPT = Family(
     name='opt',
     architecture='OPTForCausalLM',
@@ -49,22 +66,6 @@ OPT = Family(
             _OPT + 'embed_positions.weight', resize=crop_positions, unused_rows=2
         ),
         'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
-        **with_biases(
-            {
-                'final_norm.weight': tensor(_OPT + 'final_layer_norm.weight'),
-                'blocks.{layer}.attention_norm.weight': tensor(
-                    _OPT_LAYER + 'self_attn_layer_norm.weight'
-                ),
-                'blocks.{layer}.ffn_norm.weight': tensor(_OPT_LAYER + 'final_layer_norm.weight'),
-                'blocks.{layer}.attention.qkv.weight': TensorMap(
-                    tuple(f'{_OPT_LAYER}self_attn.{name}_proj.weight' for name in 'qkv')
-                ),
-                'blocks.{layer}.attention.output.weight': tensor(
-                    _OPT_LAYER + 'self_attn.out_proj.weight'
-                ),
-                'blocks.{layer}.ffn.up.weight': tensor(_OPT_LAYER + 'fc1.weight'),
-                'blocks.{layer}.ffn.down.weight': tensor(_OPT_LAYER + 'fc2.weight'),
-            }
-        ),
+        **opt_weights(_OPT, 'final_layer_norm'),
     },
 )

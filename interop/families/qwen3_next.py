@@ -14,8 +14,11 @@ from interop.families.llama import (
 )
 from interop.fields import Fields
 from interop.layer_kinds import (
+    DENSE,
+    SPARSE,
     LayerKind,
     LayerNames,
+    dense_and_sparse,
     layer_kinds_field,
     named_by_list,
     named_by_position,
@@ -80,8 +83,6 @@ def qwen_mixers(kv_heads: int, rope: FieldMap) -> FieldMap:
 
 # --- Kinds of FFNs --------------------------------------------------------------------------------
 
-DENSE, SPARSE = 'dense', 'sparse'
-
 
 def sparse_steps(dense: tuple[int, ...] = ()) -> LayerNames:
     """Every n-th layer is sparse, except those in a list. dense: that list if it is missing."""
@@ -106,20 +107,15 @@ def sparse_steps(dense: tuple[int, ...] = ()) -> LayerNames:
 SPARSE_STEPS = sparse_steps()
 _FFNS = layer_kinds_field(
     SPARSE_STEPS,
-    kinds={
-        DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 5632),)),
-        SPARSE: LayerKind(
-            {'ffn_type': 'moe'},
-            (
-                field('num_experts', 'num_experts', 512),
-                field('experts_per_token', 'num_experts_per_tok', 10),
-                field('expert_d_ff', 'moe_intermediate_size', 512),
-                field('router_normalize', 'norm_topk_prob', True),
-                shared_experts_field('shared_expert_intermediate_size', 512),
-                constant_option(expert_ffn='swiglu', router_score='softmax', shared_gate=True),
-            ),
-        ),
-    },
+    kinds=dense_and_sparse(
+        field('d_ff', 'intermediate_size', 5632),
+        field('num_experts', 'num_experts', 512),
+        field('experts_per_token', 'num_experts_per_tok', 10),
+        field('expert_d_ff', 'moe_intermediate_size', 512),
+        field('router_normalize', 'norm_topk_prob', True),
+        shared_experts_field('shared_expert_intermediate_size', 512),
+        constant_option(expert_ffn='swiglu', router_score='softmax', shared_gate=True),
+    ),
 )
 
 # --- Weights --------------------------------------------------------------------------------------

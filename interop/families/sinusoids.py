@@ -1,5 +1,6 @@
 """CTRL and XGLM, whose positions are sinusoids."""
 
+from interop.families.opt import opt_weights
 from interop.fields import Fields
 from interop.mapping import (
     ACTIVATIONS,
@@ -72,7 +73,6 @@ def _check_padding(fields: Fields) -> dict:
     return {}
 
 
-_XGLM = 'model.layers.{layer}.'
 XGLM = Family(
     name='xglm',
     architecture='XGLMForCausalLM',
@@ -100,23 +100,7 @@ XGLM = Family(
     weights={
         'token_embedding.weight': tensor('model.embed_tokens.weight', resize=resize_vocabulary),
         'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
-        **with_biases(
-            {
-                'final_norm.weight': tensor('model.layer_norm.weight'),
-                'blocks.{layer}.attention_norm.weight': tensor(
-                    _XGLM + 'self_attn_layer_norm.weight'
-                ),
-                'blocks.{layer}.ffn_norm.weight': tensor(_XGLM + 'final_layer_norm.weight'),
-                'blocks.{layer}.attention.qkv.weight': TensorMap(
-                    tuple(f'{_XGLM}self_attn.{name}_proj.weight' for name in 'qkv')
-                ),
-                'blocks.{layer}.attention.output.weight': tensor(
-                    _XGLM + 'self_attn.out_proj.weight'
-                ),
-                'blocks.{layer}.ffn.up.weight': tensor(_XGLM + 'fc1.weight'),
-                'blocks.{layer}.ffn.down.weight': tensor(_XGLM + 'fc2.weight'),
-            }
-        ),
+        **opt_weights('model.', 'layer_norm'),
     },
     ignored_tensors=r'embed_positions\.weights$',
 )

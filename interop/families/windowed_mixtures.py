@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from interop.families.biased_mixtures import first_is_dense
 from interop.families.deepseek import SHARED_EXPERTS
 from interop.families.llama import (
     ATTENTION,
@@ -16,9 +15,15 @@ from interop.families.llama import (
     projections,
     query_key_value_rows,
 )
-from interop.families.qwen3_next import DENSE, SHARED_EXPERT, SPARSE, sparse_steps
+from interop.families.qwen3_next import SHARED_EXPERT, sparse_steps
 from interop.fields import Fields
-from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_default, named_by_list
+from interop.layer_kinds import (
+    dense_and_sparse,
+    first_is_dense,
+    layer_kinds_field,
+    named_by_default,
+    named_by_list,
+)
 from interop.layers import ABSENT, PerLayer, num_kv_heads_of
 from interop.mapping import (
     FULL,
@@ -68,22 +73,15 @@ FLINT = Family(
         rope_in_some_layers(rope_fields(), _read_flint_rotated),
         layer_kinds_field(
             sparse_steps((0, 1)),
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 6144),)
-                ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 256),
-                        field('experts_per_token', 'num_experts_per_tok', 6),
-                        field('expert_d_ff', 'moe_intermediate_size', 512),
-                        field('router_normalize', 'norm_topk_prob', True),
-                        shared_experts_field('shared_expert_intermediate_size', 1024, each=512),
-                        constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                    ),
-                ),
-            },
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 6144),
+                field('num_experts', 'num_experts', 256),
+                field('experts_per_token', 'num_experts_per_tok', 6),
+                field('expert_d_ff', 'moe_intermediate_size', 512),
+                field('router_normalize', 'norm_topk_prob', True),
+                shared_experts_field('shared_expert_intermediate_size', 1024, each=512),
+                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+            ),
         ),
     ),
     aliases={'num_local_experts': 'num_experts'},
@@ -223,28 +221,21 @@ LAGUNA = Family(
         layer_kinds_field(
             named_by_list('mlp_layer_types'),
             named_by_default(first_is_dense),
-            kinds={
-                DENSE: LayerKind(
-                    {'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 8192),)
+            kinds=dense_and_sparse(
+                field('d_ff', 'intermediate_size', 8192),
+                field('num_experts', 'num_experts', 256),
+                field('experts_per_token', 'num_experts_per_tok', 8),
+                field('expert_d_ff', 'moe_intermediate_size', 512),
+                field('router_scale', 'moe_routed_scaling_factor', 1.0),
+                shared_experts_field('shared_expert_intermediate_size', 512),
+                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+                constant_option(router_normalize=True, router_selection_bias=True),
+                constant_option(router_groups=1),
+                required_field(
+                    moe_router_logit_softcapping=0.0,
+                    moe_apply_router_weight_on_input=False,
                 ),
-                SPARSE: LayerKind(
-                    {'ffn_type': 'moe'},
-                    (
-                        field('num_experts', 'num_experts', 256),
-                        field('experts_per_token', 'num_experts_per_tok', 8),
-                        field('expert_d_ff', 'moe_intermediate_size', 512),
-                        field('router_scale', 'moe_routed_scaling_factor', 1.0),
-                        shared_experts_field('shared_expert_intermediate_size', 512),
-                        constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                        constant_option(router_normalize=True, router_selection_bias=True),
-                        constant_option(router_groups=1),
-                        required_field(
-                            moe_router_logit_softcapping=0.0,
-                            moe_apply_router_weight_on_input=False,
-                        ),
-                    ),
-                ),
-            },
+            ),
         ),
     ),
     aliases={'num_local_experts': 'num_experts'},
