@@ -297,7 +297,7 @@ class MixtureOfExperts(FeedForward):
         """The most tokens that an expert takes of a sequence of so many."""
         numerator, denominator = self.capacity_ratio
         pairs = tokens * self.experts_per_token
-        return -(-pairs * numerator // (denominator * self.num_experts))
+        return min(-(-pairs * numerator // (denominator * self.num_experts)), tokens)
 
     def within_capacity(
         self, groups: ExpertGroups, order: torch.Tensor, seq_len: int
