@@ -52,6 +52,17 @@ def multiple_of_8(size: float) -> int:
     return 8 * max(1, round(size / 8))
 
 
+def fraction_of_pairs(fraction: float, dims: int) -> float:
+    """The fraction if that of `dims` dimensions is a whole number of pairs, or else of fewer pairs,
+    at least one, in six digits.
+    """
+    rotated = int(dims * fraction)
+    if rotated > 0 and rotated % 2 == 0:
+        return fraction
+    pairs = max(1, rotated // 2)
+    return math.ceil(2 * pairs / dims * 1e6) / 1e6  # rounded up: 0.181818 · 22 is less than 4
+
+
 def _current(values: dict, key: str) -> Any:
     """A merged value, computed if it is still a function."""
     value = values.get(key)
@@ -156,6 +167,12 @@ def _attention_scale(value: float, published: Published, values: dict) -> float:
     return value * (published.head_dim / now) ** power
 
 
+def _rope_fraction(value: float, published: Published, values: dict) -> float:
+    """As published, or less if it is not a whole number of pairs of the dimensions of a head."""
+    head_dim = _current(values, 'head_dim') or values['n_embd'] // values['n_head']
+    return fraction_of_pairs(value, head_dim)
+
+
 def _deepnorm_alpha(value: float, published: Published, values: dict) -> float:
     """(2 · layers)^¼ if it is exactly that in the released model."""
     if math.isclose(value, (2 * published.options['n_layer']) ** 0.25):
@@ -200,6 +217,7 @@ SCALINGS: dict[str, Scaling] = {
     **dict.fromkeys(('sliding_window', 'attention_chunk', 'query_scale_length'), _context),
     'rope_original_block_size': _context,
     'attention_scale': _attention_scale,
+    'rope_fraction': _rope_fraction,
     **dict.fromkeys(('deepnorm_mixer_alpha', 'deepnorm_ffn_alpha'), _deepnorm_alpha),
     'dense_layers': _first_layers,
     'layer_pattern': _pattern,

@@ -54,11 +54,21 @@ def did_you_mean(name: str, allowed) -> str:
 
 
 def closest_match(name: str, allowed) -> str | None:
-    """The allowed name that is closest to `name`; None if none is similar."""
-    allowed = list(allowed)
-    folded = {candidate.lower().replace('-', '_'): candidate for candidate in allowed}
-    close = difflib.get_close_matches(name.lower().replace('-', '_'), folded, n=1, cutoff=0.6)
+    """The allowed name that is closest to `name`; None if none is similar.
+
+    A name that continues `name` by whole words is the closest if it is the only one: for `llama4`,
+    that is `llama4_text` and not `llama`.
+    """
+    folded = {_folded(candidate): candidate for candidate in allowed}
+    longer = [candidate for candidate in folded if candidate.startswith(_folded(name) + '_')]
+    if _folded(name) not in folded and len(longer) == 1:
+        return folded[longer[0]]
+    close = difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace('-', '_').replace('.', '_')
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
+from common.design_scaling import fraction_of_pairs
 from common.option_merge import with_component_options
 from common.registry import FrozenConfig, Option, above, at_least, tag_of
 from components.attention_inputs import AttentionInputs
@@ -420,7 +421,7 @@ class RotaryPositionEncoding(PositionEncoding):
             return [
                 f'rope_fraction={config.rope_fraction:g} of a head of {rotary_dim} dimensions is '
                 f'{rotated}, but RoPE rotates pairs. Choose a fraction that gives an even number, '
-                f'such as {max(rotated // 2 * 2, 2) / rotary_dim:g}.'
+                f'such as {fraction_of_pairs(config.rope_fraction, rotary_dim):g}.'
             ]
         return [
             f"position_encoding='rope' rotates pairs of dimensions, but the head dimension "

@@ -125,7 +125,12 @@ def test_closed_pipe_is_not_an_error():
         ('N-LAYER', ' Did you mean n_layer?'),
         ('rms_norm', ' Did you mean RMSNorm?'),
         ('zzz', ''),
+        ('llama4', ' Did you mean llama4_text?'),
+        ('qwen3.5', ' Did you mean qwen3_5_text?'),
+        ('n', ''),  # both n_layer and n_head continue it
+        ('Llama', ' Did you mean llama?'),
     ],
 )
 def test_did_you_mean_suggests_only_similar_names(name, expected):
-    assert did_you_mean(name, ['n_layer', 'n_head', 'RMSNorm']) == expected
+    allowed = ['n_layer', 'n_head', 'RMSNorm', 'llama', 'llama4_text', 'qwen3', 'qwen3_5_text']
+    assert did_you_mean(name, allowed) == expected

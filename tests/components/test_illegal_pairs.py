@@ -30,6 +30,8 @@ ILLEGAL = [
     ({'kv_lora_rank': 4}, ['kv_lora_rank', "attention_type='mla'"]),
     ({'position_encoding': 'sinusoidal', 'n_embd': 5, 'n_head': 1}, ['n_embd=5', 'odd']),
     ({**ROPE, 'n_embd': 36}, ['rope', 'head dimension 3']),
+    # Rounded up: 0.181818 · 22 is less than 4.
+    ({**ROPE, 'rope_fraction': 0.25, 'head_dim': 22}, ['rope_fraction=0.25', 'such as 0.181819']),
     ({**ROPE, 'rope_fraction': 0.3}, ['rope_fraction=0.3', 'head of 64', 'such as 0.28125']),
     (
         {**ROPE, 'rope_fraction': 0.75, 'n_embd': 48},

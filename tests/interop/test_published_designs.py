@@ -42,7 +42,7 @@ def test_at_its_published_size_the_design_is_the_imported_one(family):
 
 
 @families
-@pytest.mark.parametrize('layers, width', [(4, 64), (4, 128), (12, 768), (1, 32)])
+@pytest.mark.parametrize('layers, width', [(4, 64), (4, 88), (4, 128), (12, 768), (1, 32)])
 def test_a_design_fits_any_size(family, layers, width):
     config = ModelArchitectureConfig(
         like=family, n_layer=layers, n_embd=width, block_size=64, vocab_size=VOCABULARY
