@@ -19,7 +19,7 @@ normalization = 'rmsnorm'
 ffn_type = 'standard'
 # gelu, gelu_tanh, silu, relu, relu2, leaky_relu, xielu
 activation = 'gelu'  # for ffn_type = 'standard'
-# pre, post, entrance, sandwich, reordered, parallel
+# pre, post, entrance, sandwich, ffn_sandwich, reordered, parallel
 norm_position = 'pre'
 # addition, multiplier, deepnorm, layer_scale, rezero, x0_lambdas
 residual = 'addition'

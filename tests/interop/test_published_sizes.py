@@ -169,6 +169,7 @@ MIXTURES = {
 PYTHIA = 'Biderman et al. 2023, table 1'
 GEMMA, GEMMA2 = 'Gemma Team 2024a, table 2', 'Gemma Team 2024b, table 2'
 DENSE = {
+    'XGLM 564M': Size('xglm', '564M', '', CARD),
     'GPT-1': Size('openai-gpt', '117M', '', 'Radford et al. 2019, table 2'),
     'GPT-2 small': Size('gpt2', '124M', '', README),
     'LLaMA 7B': Size('llama', '6.7B', '', 'Touvron et al. 2023, table 2'),
