@@ -92,9 +92,9 @@ def _one_for_all_layers(option: str, name: str, default: int) -> FieldMap:
 
     def read(fields: Fields) -> dict:
         value = fields.value(name, default)
-        numbers = set(value) if isinstance(value, list) and value else {value}
-        number = numbers.pop() if len(numbers) == 1 else None
-        if type(number) is not int:
+        numbers = value if isinstance(value, list) and value else [value]
+        number = numbers[0]
+        if type(number) is not int or any(other != number for other in numbers):
             fields.refuse(name, 'must be a whole number, the same in all layers')
             return {}
         return {option: number}

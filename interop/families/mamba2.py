@@ -36,7 +36,8 @@ def step_limits_field() -> FieldMap:
         if name not in fields:
             return {}
         limits = fields.value(name)
-        limits = [math.inf if limit == _INFINITY else limit for limit in limits or ()]
+        limits = limits if isinstance(limits, (list, tuple)) else ()
+        limits = [math.inf if limit == _INFINITY else limit for limit in limits]
         numbers = [limit for limit in limits if type(limit) in (int, float)]
         if len(limits) != 2 or len(numbers) != 2 or not 0 <= limits[0] <= limits[1]:
             fields.refuse(name, 'must be two numbers of at least 0 in rising order')

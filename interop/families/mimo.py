@@ -121,10 +121,13 @@ def _read_copies(fields: Fields) -> dict:
         for name, default in (('head_dim', 192), ('v_head_dim', 128), ('num_attention_heads', 64))
     }
     rope = fields.values.get('rope_parameters')
-    thetas = {
-        kind: (rope.get(kind) or {}).get('rope_theta') if isinstance(rope, dict) else default
-        for kind, default in _THETA.items()
-    }
+    thetas: dict[str, float | None] = {**_THETA}
+    if isinstance(rope, dict):
+        tables = {kind: rope.get(kind) for kind in thetas}
+        thetas = {
+            kind: table.get('rope_theta') if isinstance(table, dict) else None
+            for kind, table in tables.items()
+        }
     types = read_layer_types(fields, _has_window)
     ffns = fields.take('mlp_layer_types', list, optional=True) or _default_ffns(layers)
     copies = {

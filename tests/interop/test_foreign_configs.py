@@ -69,6 +69,10 @@ CONTRADICTIONS = {
     ),
     'attention_bias=1: must be true or false': ('qwen3', {'attention_bias': 1}),
     'mamba_d_head=None: must be': ('falcon_h1', {'mamba_d_head': None}),
+    'time_step_limit=True: must be two numbers': ('falcon_h1', {'time_step_limit': True}),
+    r'num_experts=\[\[4\]\]: must be a whole number': ('hunyuan_v1_moe', {'num_experts': [[4]]}),
+    r'moe_topk=\{\}: must be a whole number': ('hunyuan_v1_moe', {'moe_topk': {}}),
+    'full_attention': ('mimo_v2_flash', {'rope_parameters': {'full_attention': 'x'}}),
     'n_layer=1000000 exceeds the maximum of 5,000': ('gpt2', {'n_layer': 10**6}),
 }
 
