@@ -67,7 +67,9 @@ OPTIONS = {
         'times are not compared',
         check=at_least(1, at_most=1000),
     ),
-    'plan_only': Option(bool, False, 'Show the runs with their cost, and start none'),
+    'plan_only': Option(
+        bool, False, 'Prepare the data, show the runs with their cost, and train none'
+    ),
     'precision': Option(
         float | None,
         None,

@@ -27,7 +27,7 @@ FAMILIES = {
     'gemma': '',
     'gemma2': '',
     'gemma3_text': '',
-    'gemma4_text': 'AltUp, embeddings in each layer, keys and values shared by layers',
+    'gemma4_text': 'embeddings in each layer, keys and values shared by layers',
     'glm4_moe': '',
     'gpt2': '',
     'gpt_neox': '',
@@ -181,7 +181,7 @@ def count() -> str:
 
 
 def main() -> None:
-    for name in FAMILIES:
+    for name in sorted(FAMILIES):
         write_text(f'{name:22}{status(name)}')
     write_text(count())
 

@@ -238,10 +238,10 @@ def _open_hugging_face(name: str, place: str) -> PretrainedCheckpoint:
         raise UserError(f'{name}: {folder} cannot be read: {error}.') from error
     kind = fields.get('model_type')
     if not isinstance(kind, str) or kind not in TRANSFORMERS:
-        known = ', '.join(TRANSFORMERS)
         raise UserError(
-            f'{name}: model_type={short_repr(kind)} is not supported; supported: {known}.'
-            f'{did_you_mean(kind, TRANSFORMERS) if isinstance(kind, str) else ""}'
+            f'{name}: model_type={short_repr(kind)} is not supported.'
+            f'{did_you_mean(kind, TRANSFORMERS) if isinstance(kind, str) else ""} '
+            f'python interop/coverage.py lists the supported ones, and what the others lack.'
         )
     if fields.get('quantization_config'):
         raise UserError(f'{name}: quantization_config: quantized weights are not supported.')

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.console_output import bold
-from common.formatting import approximate, flop_count, join_names, or_na, teraflops
+from common.formatting import approximate, counted, flop_count, join_names, or_na, teraflops
 from records.record_types import (
     ArchitectureInfo,
     DataInfo,
@@ -105,7 +105,7 @@ def _choices_of_layers(choices: dict[str, Any], has_mixers: bool) -> dict[str, l
         'Mixer' if has_mixers else 'Attention': [
             value('mixer') if has_mixers else None,
             value('attention_type'),
-            value('num_kv_heads', '{} key/value heads') if is_grouped else None,
+            counted(choices['num_kv_heads'], 'key/value head') if is_grouped else None,
             value('sliding_window', 'window {:,}'),
             value('attention_chunk', 'chunks of {:,}'),
         ],

@@ -34,7 +34,7 @@ def test_command_prints_the_table(tmp_path):
     command = [sys.executable, PROJECT / 'interop/coverage.py']
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     lines = out.splitlines()
-    assert lines[0].split() == ['deepseek_v2', 'yes'] and lines[-1] == count()
+    assert lines[0].split() == ['afmoe', 'yes'] and lines[-1] == count()
     assert len(lines) == len(FAMILIES) + 1
 
 
