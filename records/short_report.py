@@ -98,14 +98,15 @@ def _choices_of_layers(choices: dict[str, Any], has_mixers: bool) -> dict[str, l
     def value(key: str, form: str = '{}') -> str | None:
         return None if choices.get(key) is None else form.format(choices[key])
 
-    is_grouped, has_experts = choices.get('use_gqa'), 'num_experts' in choices
+    is_grouped, kv_heads = choices.get('use_gqa'), choices.get('num_kv_heads')
+    has_experts = 'num_experts' in choices
     parts = {
         'Normalization': [value('normalization'), value('norm_position')],
         'Position Encoding': [value('position_encoding'), value('rope_theta', 'theta {:,.0f}')],
         'Mixer' if has_mixers else 'Attention': [
             value('mixer') if has_mixers else None,
             value('attention_type'),
-            counted(choices['num_kv_heads'], 'key/value head') if is_grouped else None,
+            counted(kv_heads, 'key/value head') if is_grouped and kv_heads else None,
             value('sliding_window', 'window {:,}'),
             value('attention_chunk', 'chunks of {:,}'),
         ],
