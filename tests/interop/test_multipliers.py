@@ -97,6 +97,20 @@ CASES = {
     'cohere-qk-norm': ({**COHERE, 'use_qk_norm': True}, ''),
     'cohere2': (COHERE2, 'LG'),
     'minicpm3': (MINICPM3, ''),
+    # As released: the original context is the whole one.
+    'minicpm3-longrope': (
+        {
+            **MINICPM3,
+            'rope_parameters': {
+                'rope_type': 'longrope',
+                'rope_theta': 50.0,
+                'original_max_position_embeddings': 25,
+                'short_factor': [1.1, 1.4],
+                'long_factor': [1.5, 2.5],
+            },
+        },
+        '',
+    ),
     'minicpm3-options': (
         {
             **MINICPM3,
