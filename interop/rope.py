@@ -1,7 +1,7 @@
 """Config fields of rotary positions, in the formats of transformers 5 and 4."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from interop.fields import Fields, short_repr
 from interop.layers import ABSENT, PerLayer, options_with
@@ -137,10 +137,7 @@ def rope_by_layer_type_fields(
             nested[FULL] = fields.subobject('rope_scaling')
             nested[FULL].values.setdefault('rope_type', 'default')
         if partial:
-            for each in nested.values():
-                scaling = each.values.get('rope_type', each.values.get('type', 'default'))
-                fraction = default_fraction if scaling == 'default' else 1.0
-                each.values.setdefault('partial_rotary_factor', fraction)
+            _set_default_fraction(nested.values(), default_fraction)
         options = {
             kind: _read(
                 fields, nested[kind], default_theta[kind], name, None, copies, partial=partial
@@ -165,6 +162,14 @@ def rope_by_layer_type_fields(
         return {'rope_parameters': written}
 
     return FieldMap(read, write)
+
+
+def _set_default_fraction(parameters: Iterable[Fields], fraction: float) -> None:
+    """The fraction of a head that is rotated if the field is missing; with scaling, all of it."""
+    for each in parameters:
+        scaling = each.values.get('rope_type', each.values.get('type', 'default'))
+        default = fraction if scaling == 'default' else 1.0
+        each.values.setdefault('partial_rotary_factor', default)
 
 
 def rope_in_some_layers(rope: FieldMap, read_rotated: Callable[[Fields], list[bool]]) -> FieldMap:
