@@ -305,6 +305,7 @@ def test_printed_kinds_show_origins_and_layers(config):
         "  'd_ff': 88,  # derived: default of swiglu",
         "  'sliding_window': 8,  # command line",
         "  'head_dim': 16,  # derived: n_embd / n_head",
+        "  'value_head_dim': 16,  # derived: head_dim",
         "  'attention_scale': 0.25,  # derived: 1 / sqrt(dimensions of a query head)",
         '  },',
         '}',
