@@ -275,8 +275,8 @@ class MixtureOfExperts(FeedForward):
         # The experts of each token, and the shared experts.
         groups, order = self.group_by_expert(routing.chosen)
         if self.has_capacity and self.training:
-            kept = self.within_capacity(groups, order, x.size(-2)).view_as(routing.chosen)
-            routing = routing._replace(weights=routing.weights.where(kept, 0.0), kept=kept)
+            fits = self.within_capacity(groups, order, x.size(-2)).view_as(routing.chosen)
+            routing = routing._replace(weights=routing.weights.where(fits, 0.0), fits=fits)
         y = self.mix_experts(tokens, routing, groups, order).view(x.shape)
         if self.shared is not None:
             y = y + self.gate_shared(x, self.shared(x)[0])
@@ -308,8 +308,8 @@ class MixtureOfExperts(FeedForward):
         # Sorted, since pairs of an expert are in the order of sequences and positions.
         group = groups.expert * pairs + sequence
         first = torch.searchsorted(group, group)  # pair of the same expert and sequence
-        kept = torch.arange(pairs, device=order.device) - first < self.capacity(seq_len)
-        return kept.index_select(0, order.argsort())
+        fits = torch.arange(pairs, device=order.device) - first < self.capacity(seq_len)
+        return fits.index_select(0, order.argsort())
 
     def mix_experts(
         self, tokens: torch.Tensor, routing: Routing, groups: ExpertGroups, order: torch.Tensor
@@ -323,8 +323,8 @@ class MixtureOfExperts(FeedForward):
         y, _ = self.experts(rows, groups)
         y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
         if self.weighs_inputs:
-            if routing.kept is not None:  # biases give an output for the input 0
-                y = y.where(routing.kept[..., None], 0.0)
+            if routing.fits is not None:  # biases give an output for the input 0
+                y = y.where(routing.fits[..., None], 0.0)
             return y.sum(dim=1)
         return (y * weights[..., None]).sum(dim=1).to(y.dtype)
 
@@ -348,8 +348,8 @@ class MixtureOfExperts(FeedForward):
             'router_z_loss': z.detach(),
         }
         if self.has_capacity:
-            kept = torch.ones_like(routing.chosen) if routing.kept is None else routing.kept
-            metrics['dropped_share'] = 1 - kept.float().mean()
+            fits = torch.ones_like(routing.chosen) if routing.fits is None else routing.fits
+            metrics['dropped_share'] = 1 - fits.float().mean()
         return AuxOutput(
             self.balance_weight * balance + self.z_weight * z,
             metrics,

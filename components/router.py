@@ -27,7 +27,7 @@ class Routing(NamedTuple):
     weights: torch.Tensor  # (N, k), of the chosen experts' outputs
     chosen: torch.Tensor  # (N, k), numbers of the experts
     # (N, k): whether the token is within the expert's capacity; None: nothing is dropped.
-    kept: torch.Tensor | None = None
+    fits: torch.Tensor | None = None
 
 
 class Router(nn.Linear):

@@ -74,12 +74,12 @@ def _partial(fields: Fields, kind: str, values: dict) -> dict:
 
 
 def _read_rope(fields: Fields) -> dict:
-    given = fields.value('rope_parameters')
-    given = _DEFAULT_ROPE if given is None else given
-    if isinstance(given, dict):
+    parameters = fields.value('rope_parameters')
+    parameters = _DEFAULT_ROPE if parameters is None else parameters
+    if isinstance(parameters, dict):
         fields.values['rope_parameters'] = {
             kind: _partial(fields, kind, values) if isinstance(values, dict) else values
-            for kind, values in given.items()
+            for kind, values in parameters.items()
         }
     return _rope.read(fields)
 

@@ -145,8 +145,8 @@ def _read_copies(fields: Fields) -> dict:
         'n_shared_experts': 0,
     }
     for name, value in copies.items():
-        given = fields.value(name)
-        if given is not None and not same_value(given, value):
+        copy = fields.value(name)
+        if copy is not None and not same_value(copy, value):
             fields.refuse(name, f'transformers does not read it and computes with {value!r}')
     fields.values.pop('rope_theta', None)
     return {}

@@ -63,8 +63,8 @@ def _rename_yarn(fields: Fields) -> dict:
         scaling.get('type'),
         scaling.get('rope_type'),
     ):
-        kept = {key: value for key, value in scaling.items() if key != 'type'}
-        fields.values['rope_scaling'] = {**kept, 'rope_type': 'yarn'}
+        others = {key: value for key, value in scaling.items() if key != 'type'}
+        fields.values['rope_scaling'] = {**others, 'rope_type': 'yarn'}
     return {}
 
 

@@ -225,9 +225,9 @@ def test_record_has_the_share_of_training_and_resume_is_bit_equal(tiny_dataset, 
     masks, within = [], MixtureOfExperts.within_capacity
 
     def seen(self, *arguments):
-        kept = within(self, *arguments)
-        masks.append(kept)
-        return kept
+        fits = within(self, *arguments)
+        masks.append(fits)
+        return fits
 
     options = {**TRAINED, 'decay_lr': False, 'log_interval': 1}
     with pytest.MonkeyPatch.context() as patch:
