@@ -309,7 +309,7 @@ class MixtureOfExperts(FeedForward):
         group = groups.expert * pairs + sequence
         first = torch.searchsorted(group, group)  # pair of the same expert and sequence
         fits = torch.arange(pairs, device=order.device) - first < self.capacity(seq_len)
-        return fits.index_select(0, order.argsort())
+        return torch.empty_like(fits).scatter(0, order, fits)
 
     def mix_experts(
         self, tokens: torch.Tensor, routing: Routing, groups: ExpertGroups, order: torch.Tensor

@@ -140,13 +140,13 @@ class Sinusoidal(PositionEncoding):
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        fairseq = config.sinusoid_layout == 'fairseq'
-        if config.n_embd % 2 == 0 and not (fairseq and config.n_embd < 4):
+        is_single = config.sinusoid_layout == 'fairseq' and config.n_embd < 4
+        if config.n_embd % 2 == 0 and not is_single:
             return []
+        fault, size = ('has only one', 'a larger') if is_single else ('is odd', 'an')
         return [
             f"position_encoding='sinusoidal' needs pairs of dimensions, but n_embd={config.n_embd} "
-            f'{"has only one" if fairseq and config.n_embd < 4 else "is odd"}. Choose '
-            f'{"a larger" if fairseq and config.n_embd < 4 else "an"} even n_embd.'
+            f'{fault}. Choose {size} even n_embd.'
         ]
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

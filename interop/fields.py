@@ -171,6 +171,11 @@ class Fields:
     def refuse(self, name: str, why: str) -> None:
         self.problems.append(f'{self.full_name(name)}={short_repr(self.values.get(name))}: {why}.')
 
+    def require_length(self, name: str, entries: list, layers: int) -> None:
+        """Refuse a list that has not one entry for each layer."""
+        if len(entries) != layers:
+            self.refuse(name, f'has {len(entries)} entries for {layers} layers')
+
     def require(self, name: str, constant) -> None:
         """Refuse a field that differs from the constant; null equals false."""
         value = self.value(name, constant)

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from interop.fields import Fields, short_repr
 from interop.layers import ABSENT, PerLayer
-from interop.mapping import MAX_LAYERS, FieldMap
+from interop.mapping import MAX_LAYERS, FieldMap, constant_option
 from model_config import ModelArchitectureConfig
 
 
@@ -65,10 +65,11 @@ DENSE, SPARSE = 'dense', 'sparse'
 
 
 def dense_and_sparse(dense_width: FieldMap, *experts: FieldMap) -> dict[str, LayerKind]:
-    """The kinds of both FFNs. dense_width: of `d_ff`; experts: of the options of a mixture."""
+    """The kinds of both FFNs. dense_width: of `d_ff`; experts: of the options of a mixture, whose
+    experts are SwiGLU too."""
     return {
         DENSE: LayerKind({'ffn_type': 'swiglu'}, (dense_width,)),
-        SPARSE: LayerKind({'ffn_type': 'moe'}, experts),
+        SPARSE: LayerKind({'ffn_type': 'moe'}, (*experts, constant_option(expert_ffn='swiglu'))),
     }
 
 
@@ -105,8 +106,8 @@ def named_by_list(
         if names is None:
             fields.problems.append(f'{fields.full_name(name)} is missing.')
             return []
-        if layers is not None and len(names) != layers:
-            fields.refuse(name, f'has {len(names)} entries for {layers} layers')
+        if layers is not None:
+            fields.require_length(name, names, layers)
         return [(aliases or {}).get(kind, kind) for kind in names]
 
     return LayerNames((name,), read, lambda names: {name: names})

@@ -131,14 +131,18 @@ def head_size_field(default: int | None = None) -> FieldMap:
     return FieldMap(read, write)
 
 
+def kv_head_options(heads: int, kv_heads: int) -> dict:
+    """Our options for so many heads of queries, and of keys and values."""
+    return {'use_gqa': False} if kv_heads == heads else {'use_gqa': True, 'num_kv_heads': kv_heads}
+
+
 def kv_heads_field(default: int | None = None) -> FieldMap:
     """Grouped-query attention. default: the value of a missing field; None: n_head."""
 
     def read(fields: Fields) -> dict:
         heads = fields.take('num_attention_heads', int)
         shared = fields.take('num_key_value_heads', int, default, optional=True)
-        shared = heads if shared is None else shared
-        return {'use_gqa': True, 'num_kv_heads': shared} if shared != heads else {'use_gqa': False}
+        return kv_head_options(heads, heads if shared is None else shared)
 
     def write(config: ModelArchitectureConfig) -> dict:
         options = options_with(config, 'num_kv_heads')
@@ -186,12 +190,16 @@ def read_layer_types(fields: Fields, has_window: Callable[[int, Fields], bool]) 
     if types is None:
         numbers = range(min(layers, MAX_LAYERS))
         return [WINDOW if has_window(layer, fields) else FULL for layer in numbers]
-    if len(types) != layers:
-        fields.refuse('layer_types', f'has {len(types)} entries for {layers} layers')
-    for kind in dict.fromkeys(map(str, types)):
-        if kind not in (WINDOW, FULL):
-            fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
+    check_layer_types(fields, types, layers, (WINDOW, FULL))
     return [kind if kind == WINDOW else FULL for kind in types]
+
+
+def check_layer_types(fields: Fields, types: list, layers: int, kinds: tuple[str, ...]) -> None:
+    """Refuse `layer_types` of another length, or with other kinds of layers than these."""
+    fields.require_length('layer_types', types, layers)
+    for kind in dict.fromkeys(map(str, types)):
+        if kind not in kinds:
+            fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
 
 
 def layer_types(config: ModelArchitectureConfig) -> list[str]:

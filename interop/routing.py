@@ -51,6 +51,12 @@ def biased_router_fields(
     )
 
 
+# Such a router in families without fields for it.
+BALANCED_ROUTER = constant_option(
+    router_score='sigmoid', router_normalize=True, router_selection_bias=True, router_groups=1
+)
+
+
 def selection_bias(name: str) -> dict[str, TensorMap]:
     """The map of the bias that balances the load. name: that of the tensor."""
     return {'blocks.{layer}.ffn.router.selection_bias': tensor(name)}

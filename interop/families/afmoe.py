@@ -9,7 +9,7 @@ from interop.families.llama import (
     QK_NORMS,
     llama_fields,
     projections,
-    query_key_value_rows,
+    query_key_value_gate_rows,
 )
 from interop.fields import Fields
 from interop.layer_kinds import (
@@ -31,20 +31,14 @@ from interop.mapping import (
     windows_field,
 )
 from interop.rope import rope_fields, rope_in_some_layers
-from interop.routing import selection_bias
+from interop.routing import BALANCED_ROUTER, selection_bias
 from interop.tensors import TensorMap, tensor
-from model_config import ModelArchitectureConfig
 
 _has_window = all_but_every_nth('global_attn_every_n_layers', 4)
 
 
 def _read_rotated(fields: Fields) -> list[bool]:
     return [kind == WINDOW for kind in read_layer_types(fields, _has_window)]
-
-
-def _rows_with_gates(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    rows = query_key_value_rows(config)
-    return (*rows, rows[0])
 
 
 AFMOE = Family(
@@ -75,9 +69,7 @@ AFMOE = Family(
                 field('expert_d_ff', 'moe_intermediate_size', 1408),
                 field('shared_experts', 'num_shared_experts', 2),
                 field('router_scale', 'route_scale', 1.0),
-                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                constant_option(router_normalize=True, router_selection_bias=True),
-                constant_option(router_groups=1),
+                BALANCED_ROUTER,
             ),
         ),
     ),
@@ -99,7 +91,7 @@ AFMOE = Family(
         'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'pre_mlp_layernorm.weight'),
         'blocks.{layer}.ffn_output_norm.weight': tensor(LAYER + 'post_mlp_layernorm.weight'),
         'blocks.{layer}.attention.qkv.weight': TensorMap(
-            projections('self_attn', 'q', 'k', 'v', 'gate'), rows=_rows_with_gates
+            projections('self_attn', 'q', 'k', 'v', 'gate'), rows=query_key_value_gate_rows
         ),
         'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
         'blocks.{layer}.ffn.router.weight': tensor(LAYER + 'mlp.router.gate.weight'),

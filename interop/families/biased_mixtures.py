@@ -39,7 +39,7 @@ from interop.mapping import (
     windows_field,
 )
 from interop.rope import rope_fields
-from interop.routing import biased_router_fields, selection_bias
+from interop.routing import BALANCED_ROUTER, biased_router_fields, selection_bias
 from interop.tensors import Layout, TensorMap, tensor, with_biases
 
 # --- Qwen2-MoE ------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ QWEN2_MOE = Family(
                 field('expert_d_ff', 'moe_intermediate_size', 1408),
                 field('router_normalize', 'norm_topk_prob', False),
                 shared_experts_field('shared_expert_intermediate_size', 5632, each=1408),
-                constant_option(expert_ffn='swiglu', router_score='softmax', shared_gate=True),
+                constant_option(router_score='softmax', shared_gate=True),
             ),
         ),
     ),
@@ -139,7 +139,7 @@ ERNIE4_5_MOE = Family(
                 field('experts_per_token', 'moe_k', 6),
                 field('expert_d_ff', 'moe_intermediate_size', 1536),
                 field('shared_experts', 'moe_num_shared_experts', 2),
-                constant_option(expert_ffn='swiglu', router_score='softmax'),
+                constant_option(router_score='softmax'),
                 constant_option(router_normalize=True, router_selection_bias=True),
                 constant_option(router_scale=1.0, router_groups=1),
             ),
@@ -186,9 +186,7 @@ HY_V3 = Family(
                 field('expert_d_ff', 'moe_intermediate_size', 1536),
                 field('shared_experts', 'num_shared_experts', 1),
                 field('router_scale', 'router_scaling_factor', 2.826),
-                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                constant_option(router_normalize=True, router_selection_bias=True),
-                constant_option(router_groups=1),
+                BALANCED_ROUTER,
             ),
         ),
     ),
@@ -235,7 +233,6 @@ EXAONE_MOE = Family(
                 field('experts_per_token', 'num_experts_per_tok', 8),
                 field('expert_d_ff', 'moe_intermediate_size', 1024),
                 field('shared_experts', 'num_shared_experts', 1),
-                constant_option(expert_ffn='swiglu'),
                 *biased_router_fields(True, 2.5),
             ),
         ),

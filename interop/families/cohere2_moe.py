@@ -17,7 +17,6 @@ from interop.mapping import (
     WINDOW,
     Family,
     FieldMap,
-    constant_option,
     field,
     read_layer_types,
     required_field,
@@ -45,13 +44,11 @@ def _write_norm(config: ModelArchitectureConfig) -> dict:
 
 # --- Positions ------------------------------------------------------------------------------------
 
+_ROPE = rope_fields()
 _FFN_NAMES = (
     named_by_list('mlp_layer_types'),
     named_by_number('first_k_dense_replace', 0, DENSE, SPARSE),
 )
-
-
-_ROPE = rope_fields()
 
 
 def _read_rope(fields: Fields) -> dict:
@@ -176,7 +173,6 @@ COHERE2_MOE = Family(
                 field('shared_experts', 'num_shared_experts', 0),
                 field('expert_d_ff', 'intermediate_size', 22528),
                 FieldMap(_read_scores, _write_scores),
-                constant_option(expert_ffn='swiglu'),
             ),
         ),
     ),

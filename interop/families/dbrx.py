@@ -2,7 +2,14 @@
 
 from interop.fields import Fields
 from interop.layers import num_kv_heads_of, options_with
-from interop.mapping import Family, FieldMap, constant_option, field, required_field
+from interop.mapping import (
+    Family,
+    FieldMap,
+    constant_option,
+    field,
+    kv_head_options,
+    required_field,
+)
 from interop.rope import rope_fields
 from interop.tensors import Layout, TensorMap, resize_vocabulary, tensor
 from model_config import ModelArchitectureConfig
@@ -25,8 +32,7 @@ def _read_attention(fields: Fields) -> dict:
             f'transformers uses rope_theta={options["rope_theta"]}, which is outside attn_config. '
             f'Set both to the value of the training',
         )
-    grouped = {'use_gqa': True, 'num_kv_heads': shared} if shared != heads else {'use_gqa': False}
-    return {**options, **grouped, 'qkv_clip': clip}
+    return {**options, **kv_head_options(heads, shared), 'qkv_clip': clip}
 
 
 def _write_attention(config: ModelArchitectureConfig) -> dict:

@@ -136,7 +136,6 @@ GLM4_MOE_LITE = Family(
             kinds=dense_and_sparse(
                 field('d_ff', 'intermediate_size', 10240),
                 *expert_fields(1536, experts=64, chosen=4, shared=1),
-                constant_option(expert_ffn='swiglu'),
                 *biased_router_fields(True, 1.8),
             ),
         ),

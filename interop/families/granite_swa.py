@@ -20,8 +20,7 @@ def _read_rope(fields: Fields) -> dict:
     thetas = fields.take('layer_rope_theta', list[float], optional=True)
     if thetas is None:
         return options
-    if len(thetas) != layers:
-        fields.refuse('layer_rope_theta', f'has {len(thetas)} entries for {layers} layers')
+    fields.require_length('layer_rope_theta', thetas, layers)
     rotated = {
         key: PerLayer(value if theta else ABSENT for theta in thetas)
         for key, value in options.items()

@@ -80,7 +80,7 @@ _FFNS = layer_kinds_field(
         field('shared_experts', 'n_shared_experts', 1),
         field('router_normalize', 'norm_topk_prob', True),
         field('router_scale', 'routed_scaling_factor', 2.446),
-        constant_option(expert_ffn='swiglu', router_score='sigmoid', router_selection_bias=True),
+        constant_option(router_score='sigmoid', router_selection_bias=True),
         required_field(n_group=1, topk_group=1, moe_layer_freq=1),
         required_field(moe_router_activation_func='sigmoid'),
     ),

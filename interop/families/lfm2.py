@@ -145,7 +145,7 @@ LFM2_MOE = Family(
                 field('router_normalize', 'norm_topk_prob', True),
                 field('router_scale', 'routed_scaling_factor', 1.0),
                 field('router_selection_bias', 'use_expert_bias', True),
-                constant_option(expert_ffn='swiglu', router_score='sigmoid', shared_experts=0),
+                constant_option(router_score='sigmoid', shared_experts=0),
             ),
         ),
     ),

@@ -3,7 +3,7 @@
 import torch
 
 from interop.families.lfm2 import CONV, WEIGHTS
-from interop.families.llama import LAYER, QK_NORMS, projections, query_key_value_rows
+from interop.families.llama import LAYER, QK_NORMS, projections, query_key_value_gate_rows
 from interop.fields import Fields
 from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_default, named_by_list
 from interop.mapping import (
@@ -100,14 +100,9 @@ def _write_rope(config: ModelArchitectureConfig) -> dict:
 # --- Weights --------------------------------------------------------------------------------------
 
 
-def _rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    gates = (config.n_head,) if config.attention_gate == 'head' else ()
-    return (*query_key_value_rows(config), *gates)
-
-
 def _row_order(config: ModelArchitectureConfig) -> torch.Tensor:
     rows = half_rotated_rows(config)
-    return torch.cat((rows, torch.arange(len(rows), sum(_rows(config)))))
+    return torch.cat((rows, torch.arange(len(rows), sum(query_key_value_gate_rows(config)))))
 
 
 def _templates(config: ModelArchitectureConfig) -> tuple[str, ...]:
@@ -167,7 +162,7 @@ LFM3 = Family(
         'blocks.{layer}.ffn_output_norm.weight': tensor(LAYER + 'post_ffn_norm.weight'),
         'blocks.{layer}.attention.qkv.weight': TensorMap(
             projections('self_attn', 'q', 'k', 'v'),
-            rows=_rows,
+            rows=query_key_value_gate_rows,
             choose_templates=_templates,
             row_order=_row_order,
         ),

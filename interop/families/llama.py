@@ -27,6 +27,13 @@ def query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
     return config.n_head * config.head_dim, shared * config.head_dim, values
 
 
+def query_key_value_gate_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
+    """With the rows of the gates of attention's outputs, if it has them."""
+    gates = {'head': config.n_head, 'elementwise': config.n_head * config.value_head_dim}
+    rows = query_key_value_rows(config)
+    return rows if config.attention_gate == 'none' else (*rows, gates[config.attention_gate])
+
+
 LAYER = 'model.layers.{layer}.'
 
 

@@ -10,7 +10,7 @@ from interop.families.llama import (
     projections,
 )
 from interop.families.mixed_layers import read_rotated
-from interop.fields import Fields, short_repr
+from interop.fields import Fields
 from interop.layer_kinds import (
     DENSE,
     SPARSE,
@@ -26,6 +26,7 @@ from interop.mapping import (
     FULL,
     Family,
     FieldMap,
+    check_layer_types,
     constant_option,
     field,
     kv_heads_field,
@@ -124,11 +125,7 @@ def _read_chunks(fields: Fields) -> dict:
         rotated = _read_rotated(fields)
         return {'attention_chunk': PerLayer(chunk if each else None for each in rotated)}
     layers = fields.take('num_hidden_layers', int, 0)
-    if len(types) != layers:
-        fields.refuse('layer_types', f'has {len(types)} entries for {layers} layers')
-    for kind in dict.fromkeys(map(str, types)):
-        if kind not in (_CHUNKED, FULL):
-            fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
+    check_layer_types(fields, types, layers, (_CHUNKED, FULL))
     if chunk is None and _CHUNKED in types:
         fields.refuse('layer_types', 'has chunks, but attention_chunk_size is null')
     return {'attention_chunk': PerLayer(chunk if kind == _CHUNKED else None for kind in types)}
@@ -159,7 +156,7 @@ _FFNS = layer_kinds_field(
         field('num_experts', 'num_local_experts', 16),
         field('experts_per_token', 'num_experts_per_tok', 1),
         field('expert_d_ff', 'intermediate_size', 8192),
-        constant_option(expert_ffn='swiglu', expert_weights_at='input', shared_experts=1),
+        constant_option(expert_weights_at='input', shared_experts=1),
         constant_option(router_score='sigmoid', router_normalize=False, router_scale=1.0),
     ),
 )

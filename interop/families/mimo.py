@@ -17,10 +17,10 @@ from interop.families.llama import (
 )
 from interop.fields import Fields, same_value
 from interop.layer_kinds import (
-    DENSE,
     SPARSE,
     LayerKind,
     dense_and_sparse,
+    first_is_dense,
     layer_kinds_field,
     named_by_default,
     named_by_list,
@@ -33,6 +33,7 @@ from interop.mapping import (
     FieldMap,
     constant_option,
     field,
+    kv_head_options,
     read_layer_types,
     required_field,
 )
@@ -53,17 +54,12 @@ def _default_types(layers: int) -> list[str]:
     return [WINDOW if _has_window(layer) else FULL for layer in range(layers)]
 
 
-def _default_ffns(layers: int) -> list[str]:
-    return [SPARSE if layer else DENSE for layer in range(layers)]
-
-
 def _kv_heads_field(factor: int) -> FieldMap:
     """Key/value heads, so many times those in the field."""
 
     def read(fields: Fields) -> dict:
         heads = fields.take('num_attention_heads', int)
-        shared = factor * fields.take('num_key_value_heads', int, 4)
-        return {'use_gqa': True, 'num_kv_heads': shared} if shared != heads else {'use_gqa': False}
+        return kv_head_options(heads, factor * fields.take('num_key_value_heads', int, 4))
 
     def write(layer: ModelArchitectureConfig) -> dict:
         return {'num_key_value_heads': num_kv_heads_of(layer) // factor}
@@ -91,13 +87,13 @@ _ATTENTION = layer_kinds_field(
 )
 _FFNS = layer_kinds_field(
     named_by_list('mlp_layer_types'),
-    named_by_default(_default_ffns),
+    named_by_default(first_is_dense),
     kinds=dense_and_sparse(
         field('d_ff', 'intermediate_size', 16384),
         field('num_experts', 'n_routed_experts', 256),
         field('experts_per_token', 'num_experts_per_tok', 8),
         field('expert_d_ff', 'moe_intermediate_size', 2048),
-        constant_option(expert_ffn='swiglu', shared_experts=0),
+        constant_option(shared_experts=0),
         *biased_router_fields(True, 1.0),
     ),
 )
@@ -129,7 +125,7 @@ def _read_copies(fields: Fields) -> dict:
             for kind, table in tables.items()
         }
     types = read_layer_types(fields, _has_window)
-    ffns = fields.take('mlp_layer_types', list, optional=True) or _default_ffns(layers)
+    ffns = fields.take('mlp_layer_types', list, optional=True) or first_is_dense(layers)
     copies = {
         'hybrid_layer_pattern': [int(kind == WINDOW) for kind in types],
         'moe_layer_freq': [int(kind == SPARSE) for kind in ffns],

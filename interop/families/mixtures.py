@@ -54,7 +54,7 @@ _QWEN3_FFNS = layer_kinds_field(
         field('experts_per_token', 'num_experts_per_tok', 8),
         field('expert_d_ff', 'moe_intermediate_size', 768),
         field('router_normalize', 'norm_topk_prob', False),
-        constant_option(expert_ffn='swiglu', router_score='softmax'),
+        constant_option(router_score='softmax'),
     ),
 )
 

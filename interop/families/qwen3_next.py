@@ -114,7 +114,7 @@ _FFNS = layer_kinds_field(
         field('expert_d_ff', 'moe_intermediate_size', 512),
         field('router_normalize', 'norm_topk_prob', True),
         shared_experts_field('shared_expert_intermediate_size', 512),
-        constant_option(expert_ffn='swiglu', router_score='softmax', shared_gate=True),
+        constant_option(router_score='softmax', shared_gate=True),
     ),
 )
 

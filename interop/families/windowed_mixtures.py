@@ -13,7 +13,7 @@ from interop.families.llama import (
     QK_NORMS,
     llama_fields,
     projections,
-    query_key_value_rows,
+    query_key_value_gate_rows,
 )
 from interop.families.qwen3_next import SHARED_EXPERT, sparse_steps
 from interop.fields import Fields
@@ -40,7 +40,7 @@ from interop.mapping import (
     windows_field,
 )
 from interop.rope import rope_by_layer_type_fields, rope_fields, rope_in_some_layers
-from interop.routing import selection_bias
+from interop.routing import BALANCED_ROUTER, selection_bias
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
@@ -80,7 +80,7 @@ FLINT = Family(
                 field('expert_d_ff', 'moe_intermediate_size', 512),
                 field('router_normalize', 'norm_topk_prob', True),
                 shared_experts_field('shared_expert_intermediate_size', 1024, each=512),
-                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+                constant_option(router_score='sigmoid'),
             ),
         ),
     ),
@@ -174,10 +174,8 @@ def _read_heads(fields: Fields) -> dict:
     each = fields.take('num_attention_heads_per_layer', list[int], optional=True)
     if each is None:
         each = [heads] * min(layers, MAX_LAYERS)
-    elif len(each) != layers:
-        fields.refuse(
-            'num_attention_heads_per_layer', f'has {len(each)} entries for {layers} layers'
-        )
+    else:
+        fields.require_length('num_attention_heads_per_layer', each, layers)
     return {
         'n_head': PerLayer(each),
         'use_gqa': PerLayer(number != shared for number in each),
@@ -192,11 +190,6 @@ def _write_heads(config: ModelArchitectureConfig) -> dict:
         'num_attention_heads_per_layer': heads,
         'num_key_value_heads': num_kv_heads_of(config.layers[0]),
     }
-
-
-def _rows_with_gates(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    rows = query_key_value_rows(config)
-    return (*rows, config.n_head if config.attention_gate == 'head' else rows[0])
 
 
 LAGUNA = Family(
@@ -228,9 +221,7 @@ LAGUNA = Family(
                 field('expert_d_ff', 'moe_intermediate_size', 512),
                 field('router_scale', 'moe_routed_scaling_factor', 1.0),
                 shared_experts_field('shared_expert_intermediate_size', 512),
-                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
-                constant_option(router_normalize=True, router_selection_bias=True),
-                constant_option(router_groups=1),
+                BALANCED_ROUTER,
                 required_field(
                     moe_router_logit_softcapping=0.0,
                     moe_apply_router_weight_on_input=False,
@@ -248,7 +239,7 @@ LAGUNA = Family(
     | selection_bias(LAYER + 'mlp.experts.e_score_correction_bias')
     | {
         'blocks.{layer}.attention.qkv.weight': TensorMap(
-            projections('self_attn', 'q', 'k', 'v', 'g'), rows=_rows_with_gates
+            projections('self_attn', 'q', 'k', 'v', 'g'), rows=query_key_value_gate_rows
         ),
         'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
     },

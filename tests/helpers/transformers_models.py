@@ -164,6 +164,23 @@ def largest_difference(ours: dict, theirs: dict) -> float:
     return max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()).item() for k in ours)
 
 
+# The largest differences that the tests allow.
+BOUNDS = {'logits': 1e-5, 'gradients': 1e-4, 'exported': 1e-5}
+
+
+def continuations(parity: Parity, new_tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The most likely tokens after the first 5, (B, new_tokens): theirs, and ours with and without
+    a cache."""
+    prompt = parity.tokens[:, :5]
+    expected = parity.theirs.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
+    assert expected.shape == (len(prompt), 5 + new_tokens)
+    texts = [
+        generate(parity.ours, prompt, new_tokens, choose=lambda x: x.argmax(-1), cache=cache)
+        for cache in (True, False)
+    ]
+    return expected[:, 5:], [torch.stack(list(text), dim=1) for text in texts]
+
+
 def assert_parity(
     fields: dict, letters: str, folder: Path, new_tokens: int = 11, exported_as: str | None = None
 ) -> None:
@@ -174,15 +191,9 @@ def assert_parity(
     logits, gradients, logits of the export, and the most likely continuation of 5 tokens, with and
     without a cache.
     """
-    theirs, ours, tokens, pairs = compared(fields, folder, exported_as)
-    assert ''.join(ours.config.layer_letters) == letters
-    assert largest_difference(*pairs['logits']) < 1e-5
-    assert largest_difference(*pairs['gradients']) < 1e-4
-    assert largest_difference(*pairs['exported']) < 1e-5
-
-    prompt = tokens[:, :5]
-    expected = theirs.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
-    assert expected.shape == (len(prompt), 5 + new_tokens)
-    for cache in (True, False):
-        text = generate(ours, prompt, new_tokens, choose=lambda x: x.argmax(-1), cache=cache)
-        assert torch.equal(torch.stack(list(text), dim=1), expected[:, 5:])
+    parity = compared(fields, folder, exported_as)
+    assert ''.join(parity.ours.config.layer_letters) == letters
+    for kind, bound in BOUNDS.items():
+        assert largest_difference(*parity.pairs[kind]) < bound, kind
+    expected, texts = continuations(parity, new_tokens)
+    assert all(torch.equal(text, expected) for text in texts)

@@ -20,27 +20,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 from helpers import transformers_models as reference  # noqa: E402
 from helpers.foreign_configs import BASES  # noqa: E402
+from helpers.transformers_models import BOUNDS  # noqa: E402
 
-from inference.generate import generate  # noqa: E402
 from interop.exporter import silent_transformers  # noqa: E402
 
-BOUNDS = {'logits': 1e-5, 'gradients': 1e-4, 'exported': 1e-5}
-PROMPT, NEW_TOKENS = 5, 11  # together the 16 tokens of the models' context
+NEW_TOKENS = 11  # with a prompt of 5, the 16 tokens of the models' context
 
 
 def measured(family: str, folder: Path) -> tuple[dict[str, float], int, int]:
     """The differences by kind, and how many of how many new tokens are equal."""
-    theirs, ours, tokens, pairs = reference.compared(
-        {'model_type': family, **BASES[family]}, folder
-    )
-    differences = {kind: reference.largest_difference(*pair) for kind, pair in pairs.items()}
-    prompt = tokens[:, :PROMPT]
-    expected = theirs.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[:, PROMPT:]
-    equal = 0
-    for cache in (True, False):
-        text = generate(ours, prompt, NEW_TOKENS, choose=lambda x: x.argmax(-1), cache=cache)
-        equal += int((torch.stack(list(text), dim=1) == expected).sum())
-    return differences, equal, 2 * expected.numel()
+    parity = reference.compared({'model_type': family, **BASES[family]}, folder)
+    differences = {kind: reference.largest_difference(*pair) for kind, pair in parity.pairs.items()}
+    expected, texts = reference.continuations(parity, NEW_TOKENS)
+    equal = sum(int((text == expected).sum()) for text in texts)
+    return differences, equal, len(texts) * expected.numel()
 
 
 def main(*families: str) -> int:
